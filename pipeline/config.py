@@ -1,0 +1,286 @@
+"""The typed configuration of a run: YAML, then ``key.sub=value`` overrides, then validation, all before Ray starts.
+
+Each module declares the part it reads (``View``, ``BackboneConfig``, ``OptimConfig`` ...); this one composes
+them. Dotted keys are the one currency of the command line, the sweep's search space and the MLflow parameters.
+Every config is frozen; derive one with ``override(config, ["method.temperature=0.1"])``.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from pipeline import storage
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.methods.base import MethodConfig, method_class
+from pipeline.models.backbone import BackboneConfig
+from pipeline.optim import OptimConfig
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names the key, the value, the rule and values that work."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StorageConfig(_Section):
+    """Where everything durable goes. Credentials and endpoints come from the environment (AWS_*), never from here."""
+
+    url: str = ".parallax"  # a folder or any fsspec URL, e.g. s3://bucket/prefix
+
+
+class DataConfig(_Section):
+    """Which shards to read. With ``source``, shards that are not there yet are written from that image set."""
+
+    source: str | None = None
+    shards: str = ""  # URL of the folder that holds manifest.json; "" = <storage.url>/shards/<source>
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, as timm's default
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    loader_workers: int = Field(default=2, ge=0, le=128)  # processes per rank; 0 = in the training process
+
+
+class TrainConfig(_Section):
+    """How long, in what batches; nothing here depends on the number of workers."""
+
+    epochs: int = Field(default=100, ge=1)
+    global_batch_size: int = Field(default=256, ge=2)  # samples over all ranks
+    global_bn: bool = True  # BatchNorm statistics over the global batch
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every_steps: int = Field(default=10, ge=1)
+
+
+class ClusterConfig(_Section):
+    """What Ray is asked for. None of it changes the result, only where and how fast it is computed."""
+
+    address: str | None = None  # None: $RAY_ADDRESS if set, else a Ray of our own that ends with the job
+    num_workers: int = Field(default=2, ge=1)  # ranks
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    max_failures: int = Field(default=3, ge=-1)  # worker-group restarts before the run fails; -1 = no limit
+    env: dict[str, str] = Field(default_factory=dict)  # for the workers; never secrets, the jobs API shows it
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        for key in env:
+            if re.search(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY|ACCESS_KEY", key, re.IGNORECASE):
+                raise ValueError(
+                    f"{key} looks like a secret, and Ray shows runtime_env to everyone who can list jobs; "
+                    "set it in the environment of the cluster's nodes instead (Kubernetes: secretKeyRef)"
+                )
+        return env
+
+
+class TrackingConfig(_Section):
+    """The MLflow server. "" = sqlite:///<./.parallax or the storage folder>/mlflow.db."""
+
+    uri: str = ""
+    experiment: str = "parallax"
+
+
+class RegistryConfig(_Section):
+    """Under which name the encoder is registered, and which alias then points at it."""
+
+    model_name: str = Field(default="parallax-encoder", pattern=r"^[A-Za-z0-9_.-]+$")
+    alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9_-]+$")
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str) -> str:
+        if alias == "latest" or re.fullmatch(r"v\d+", alias):
+            raise ValueError(f"MLflow reserves the alias {alias!r}; use a word such as 'champion' or 'candidate'")
+        return alias
+
+
+class Config(_Section):
+    """One pretraining run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    seed: int = Field(default=0, ge=0)
+    storage: StorageConfig = StorageConfig()
+    data: DataConfig = DataConfig()
+    model: BackboneConfig = BackboneConfig()
+    method: SerializeAsAny[MethodConfig]
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _typed_by_name(cls, value: Any) -> Any:
+        """``method.name`` picks the file in pipeline/methods, and that file's Config validates the rest."""
+        if isinstance(value, dict):
+            if "name" not in value:
+                raise ValueError("method.name is missing; e.g. method: {name: simclr}")
+            return method_class(str(value["name"])).Config.model_validate(value)
+        return value
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        batch, workers = self.train.global_batch_size, self.cluster.num_workers
+        if batch % workers:
+            raise ValueError(
+                f"train.global_batch_size={batch} does not divide by cluster.num_workers={workers}; "
+                f"batch sizes that work: {batch - batch % workers}, {batch - batch % workers + workers}; "
+                f"worker counts that work: {', '.join(str(w) for w in range(1, min(batch, 64) + 1) if batch % w == 0)}"
+            )
+        return self
+
+    @property
+    def shards_url(self) -> str:
+        """Where the shards are, or will be written."""
+        return self.data.shards or storage.join(self.storage.url, "shards", self.data.source or self.name)
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow URI, never empty."""
+        if self.tracking.uri:
+            return self.tracking.uri
+        folder = storage.resolve(".parallax") if storage.is_remote(self.storage.url) else self.storage.url
+        return f"sqlite:///{folder}/mlflow.db"
+
+    def run_id(self, manifest_digest: str) -> str:
+        """The run's name: ``<name>-<hash>`` of what determines the weights, so submitting it again resumes it.
+
+        The cluster, the loader's workers, logging, tracking and evaluation are left out: none of them
+        changes the weights.
+        """
+        determining = self.model_dump(mode="json", include={"seed", "model", "method", "optim"})
+        determining["data"] = {"digest": manifest_digest, **self.data.model_dump(mode="json", include={"mean", "std"})}
+        determining["train"] = self.train.model_dump(mode="json", include={"epochs", "global_batch_size", "global_bn"})
+        text = json.dumps(determining, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def flat(self) -> dict[str, str]:
+        """Dotted key -> value as text, for MLflow."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read YAML, apply ``key.sub=value`` overrides, validate. ConfigError on anything wrong."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        shipped = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.yaml"))) or "none found in ./configs"
+        raise ConfigError(f"cannot read {path}: {error.strerror}; configs here: {shipped}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping such as 'name: my-run', not {type(values).__name__}")
+    return _validated(_apply(values, overrides or []), str(path))
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """A copy of ``config`` with ``key.sub=value`` overrides applied and everything validated again."""
+    return _validated(_apply(config.model_dump(mode="json"), overrides), "the derived config")
+
+
+def dump(config: Config) -> str:
+    """YAML that ``load_config`` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {item!r} is not key.sub=value; e.g. train.epochs=10")
+        parts = key.split(".")
+        node: Any = values
+        for part, child in zip(parts[:-1], parts[1:], strict=True):
+            node = _step_into(node, part, key, [] if child.isdigit() else {})
+        last = parts[-1]
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: {text!r} is not a YAML value") from error
+        if isinstance(node, list):
+            node[_index(node, last, key)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise ConfigError(f"override {key!r}: {'.'.join(parts[:-1])} is a value, it has no key {last!r}")
+    return values
+
+
+def _step_into(node: Any, part: str, key: str, empty: Any) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {key!r}: {part!r} lies below a plain value")
+    if node.get(part) is None:
+        node[part] = empty
+    return node[part]
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {key!r}: the list has the indices 0 to {len(node) - 1}, not {part!r}")
+    return int(part)
+
+
+def _validated(values: dict[str, Any], origin: str) -> Config:
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from error
+    # Workers run in other folders: make local paths absolute once, here.
+    return config.model_copy(
+        update={
+            "storage": StorageConfig(url=storage.resolve(config.storage.url)),
+            "data": config.data.model_copy(
+                update={"shards": storage.resolve(config.data.shards) if config.data.shards else ""}
+            ),
+        }
+    )
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = []
+    for problem in error.errors():
+        keys = [str(part) for part in problem["loc"]]
+        key = ".".join(keys)
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            allowed = _known_keys(keys[:-1], error)
+            close = difflib.get_close_matches(keys[-1], allowed, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            message = f"no such key; {hint}keys here: {', '.join(allowed)}"
+        elif problem["type"] != "missing" and not isinstance(problem["input"], dict | BaseModel):
+            message += f" (got {problem['input']!r})"
+        lines.append(f"{key}: {message}" if key else message)
+    return f"{origin} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def _known_keys(path: list[str], error: ValidationError) -> list[str]:
+    model: Any = Config
+    if error.title in {m.__name__ for m in MethodConfig.__subclasses__()}:
+        model = next(m for m in MethodConfig.__subclasses__() if m.__name__ == error.title)
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [pair for k, v in value.items() for pair in _flatten(v, f"{prefix}.{k}" if prefix else str(k))]
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        return [pair for i, v in enumerate(value) for pair in _flatten(v, f"{prefix}.{i}")]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value))]

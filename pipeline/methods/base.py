@@ -1,0 +1,63 @@
+"""The contract between a self-supervised method and the rest of Parallax: views in, loss out.
+
+A method is one file in this folder that ends in ``METHOD = TheClass``; ``method_class("simclr")`` finds it
+by name. It knows nothing of Ray, files, optimizers or schedules.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pipeline.data.batch import Batch
+from pipeline.data.views import View
+from pipeline.models.backbone import Backbone
+
+
+class MethodConfig(BaseModel):
+    """What every method is configured by. A method subclasses it and adds its own hyper-parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    views: tuple[View, ...]
+
+
+class Method(nn.Module, ABC):
+    """A joint-embedding method around one backbone.
+
+    ``forward`` is called through DistributedDataParallel. The loss that a rank returns must make DDP's
+    mean over ranks equal the single-process gradient on the global batch. ``metrics`` are detached scalars
+    that stay on the device; ``train.py`` logs their mean over ranks.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone  # the encoder that is evaluated and exported
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """``batch.views``: float (B, 3, H, W) each, normalised. Returns (scalar loss, metrics)."""
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum) module pairs; ``train.py`` moves each momentum module by the scheduled decay."""
+        return []
+
+
+def method_names() -> list[str]:
+    """The methods that exist: the files of this folder."""
+    package = importlib.import_module("pipeline.methods")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+
+
+def method_class(name: str) -> type[Method]:
+    """``pipeline.methods.<name>.METHOD``; ValueError names the methods that exist."""
+    if name not in method_names():
+        raise ValueError(f"no method {name!r}; methods are {', '.join(method_names())}")
+    method: type[Method] = importlib.import_module(f"pipeline.methods.{name}").METHOD
+    return method
