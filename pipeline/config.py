@@ -16,13 +16,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.methods.base import MethodConfig, method_class
 from pipeline.models.backbone import BackboneConfig
 from pipeline.optim import OptimConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """The configuration is wrong; the message names the key, the value, the rule and values that work."""
 
 

@@ -1,0 +1,147 @@
+"""Pretrain an encoder: shards -> Ray Train -> evaluation -> registry.
+
+    python -m jobs.pretrain configs/quickstart.yaml [key.sub=value ...] [--dry-run]
+
+Submitting the same config again resumes it, or says that it is complete.
+"""
+
+import argparse
+import time
+
+import torch
+
+from pipeline.config import Config, load_config
+from pipeline.data.manifest import Manifest
+from pipeline.errors import explained
+from pipeline.preflight import dry_run, prepare_data
+from pipeline.progress import Progress, ProgressDisplay
+from pipeline.provenance import git_sha
+from pipeline.registry.register import register_encoder
+from pipeline.registry.tracking import Tracker, probe
+from pipeline.runs import Registration, Run
+from pipeline.storage import probe_writable
+
+
+def main() -> None:
+    """Parse the command line, run what is not complete yet, say where everything is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, e.g. configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. train.epochs=5")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, try one batch, train nothing")
+    arguments = parser.parse_intermixed_args()
+    with explained():
+        config = load_config(arguments.config, arguments.overrides)
+        probe_writable(config.storage.url)
+        probe(config.tracking_uri)
+        manifest = prepare_data(config)
+        run = Run(config, manifest.digest)
+        if arguments.dry_run:
+            print_plan(config, manifest, run)
+        else:
+            pretrain(config, manifest, run)
+
+
+def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
+    """Each stage leaves a mark in the run's folder; what is marked is not done twice."""
+    registration = run.registration()
+    if registration is not None and run.report() is not None:
+        print(f"{run.id} is complete already; change the config, or its name, to train another encoder.\n")
+        print_summary(config, run, registration)
+        return
+
+    started = time.monotonic()
+    run.save_config()
+    with Tracker(config.tracking_uri, config.tracking.experiment, run.id) as tracker:
+        tracker.log_config(config.flat())
+        tracker.log_dataset(manifest.url, manifest.digest)
+        if run.report() is None:
+            train_and_evaluate(config, manifest, run, tracker)
+        report = run.report()
+        assert report is not None, "the evaluation ended without a report"
+        tracker.log_final(report.metrics())
+        print(f"\nEvaluation on the validation split:\n{report.table()}\n")
+        with run.local_encoder() as bundle:
+            entry = register_encoder(
+                bundle,
+                tracking_uri=config.tracking_uri,
+                mlflow_run_id=tracker.mlflow_run_id,
+                model_name=config.registry.model_name,
+                alias=config.registry.alias,
+                tags={
+                    "parallax.run_id": run.id,
+                    "parallax.data_digest": manifest.digest,
+                    "parallax.git_sha": git_sha(),
+                    "parallax.method": config.method.name,
+                },
+            )
+    registration = Registration(
+        tracking_uri=config.tracking_uri,
+        mlflow_run_id=tracker.mlflow_run_id,
+        name=entry.name,
+        version=str(entry.version),
+        alias=entry.alias,
+        model_uri=entry.model_uri,
+    )
+    run.save_registration(registration)
+    print_summary(config, run, registration, seconds=time.monotonic() - started)
+
+
+def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tracker) -> None:
+    """The two stages that need the cluster."""
+    from pipeline.cluster import trainer  # Ray takes 3 s to import; a mistake in the config should not cost them
+    from pipeline.cluster.connection import connected
+
+    done = run.checkpoints.latest_step()
+    print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
+    print(f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers", flush=True)
+    display = ProgressDisplay(config.train.global_batch_size)
+
+    def on_progress(progress: Progress) -> None:
+        display.show(progress)
+        tracker.log(progress.step, progress.logged)
+
+    with connected(config):
+        try:
+            trainer.pretrain(config, manifest, mlflow_run_id=tracker.mlflow_run_id, on_progress=on_progress)
+        finally:
+            display.close()
+        print("evaluating and exporting the encoder", flush=True)
+        trainer.evaluate(config, manifest, git_sha())
+
+
+def print_plan(config: Config, manifest: Manifest, run: Run) -> None:
+    """What a run would do, after one batch was tried in this process."""
+    tried = dry_run(config, manifest, torch.device("cpu"))
+    cluster, batch = config.cluster, config.train.global_batch_size
+    print(f"""\
+dry run of {run.id}: everything is in place, nothing was trained
+  data      {manifest.url}
+            {", ".join(f"{name}: {manifest.split(name).num_samples:,}" for name in manifest.splits)} images
+  model     {config.method.name} around {config.model.name} at {config.model.image_size} px, \
+{tried.parameters / 1e6:.2f} M parameters
+  training  {config.train.epochs} epochs of {tried.steps_per_epoch} steps, global batch {batch} \
+= {cluster.num_workers} workers x {batch // cluster.num_workers}
+  one batch {tried.rows} images: loaded in {tried.load_s:.2f} s, loss {tried.loss:.4f}, step {tried.step_s:.2f} s
+  storage   {run.url}
+  tracking  {config.tracking_uri}
+  registry  {config.registry.model_name}@{config.registry.alias}
+  state     {f"would resume after step {step}" if (step := run.checkpoints.latest_step()) else "would start"}""")
+
+
+def print_summary(config: Config, run: Run, entry: Registration, seconds: float | None = None) -> None:
+    """Where everything is, and what to type next."""
+    model = f"models:/{entry.name}@{entry.alias}"
+    print(f"""\
+{"-" * 78}
+{run.id} is complete{f" after {seconds / 60:.1f} min" if seconds is not None else ""}
+  encoder   {model}  (version {entry.version}, {entry.model_uri})
+  files     {run.encoder_url}
+  metrics   mlflow ui --backend-store-uri {entry.tracking_uri}
+  next      python -m jobs.embed --model {model} \\
+              --tracking-uri {entry.tracking_uri} \\
+              --data {config.shards_url} --out {config.storage.url}/embeddings
+{"-" * 78}""")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Starting or joining Ray, and checking that what it offers is what the run asks for."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pipeline import storage
+from pipeline.config import ClusterConfig, Config
+from pipeline.errors import UserError
+
+_RESOURCES_WAIT_S = 60.0  # pods of an autoscaled group come up one by one
+
+
+class ClusterError(UserError):
+    """The cluster cannot run what was asked for; the message says what would fit."""
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Ray, joined at ``cluster.address`` or $RAY_ADDRESS, or else started here and ended with the block."""
+    cluster = config.cluster
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _refuse_private_storage(config)
+    # A Ray of our own: "local" never joins a stranger's cluster that happens to run on this machine.
+    ray.init(
+        address=address or "local",
+        num_cpus=None if address else _cpus_of_our_own(cluster),
+        include_dashboard=None if address else False,
+        runtime_env={"env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **cluster.env}},
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    try:
+        _require_resources(cluster)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cpus_of_our_own(cluster: ClusterConfig) -> int:
+    return max(os.cpu_count() or 1, round(cluster.num_workers * cluster.cpus_per_worker + 0.5))
+
+
+def _require_resources(cluster: ClusterConfig) -> None:
+    """ClusterError if the cluster's total stays below what the worker group needs: Ray would wait for ever."""
+    needed = {
+        "CPU": cluster.num_workers * cluster.cpus_per_worker,
+        "GPU": cluster.num_workers * cluster.gpus_per_worker,
+    }
+    deadline = time.monotonic() + _RESOURCES_WAIT_S
+    while True:
+        offered = ray.cluster_resources()
+        short = {name: amount for name, amount in needed.items() if offered.get(name, 0) < amount}
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs, the run needs "
+                f"{needed['CPU']:g} and {needed['GPU']:g}: {cluster.num_workers} workers of {cluster.cpus_per_worker:g} "
+                f"CPUs and {cluster.gpus_per_worker:g} GPUs; lower cluster.num_workers, cluster.cpus_per_worker or "
+                "cluster.gpus_per_worker, or add nodes"
+            )
+        time.sleep(1)
+
+
+def _refuse_private_storage(config: Config) -> None:
+    """Inside a Ray job, a relative folder lies in the job's own working directory, which Ray deletes."""
+    for key, url in {"storage.url": config.storage.url, "data.shards": config.shards_url}.items():
+        if not storage.is_remote(url) and "/runtime_resources/working_dir_files/" in url:
+            raise ClusterError(
+                f"{key} is the folder {url}, which Ray deletes with the job; "
+                "use a URL that every node reaches, e.g. storage.url=s3://bucket/prefix or a shared mount /mnt/parallax"
+            )

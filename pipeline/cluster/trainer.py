@@ -1,0 +1,142 @@
+"""Pretraining on Ray: the Train driver, the function each worker runs, and the stage that follows.
+
+Ray Train starts the worker group, its process group, and both again after a failure. Checkpoints are our own
+(checkpoint.py): a restarted group finds the newest one by the run's name.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.progress import Progress
+from pipeline.runs import Run
+from pipeline.stages import evaluate_and_export
+from pipeline.train import fit
+
+_POLL_S = 0.5
+_COLLECTIVE_TIMEOUT_S = 120  # Ray's default of 1800 s keeps a group waiting half an hour for a dead rank
+
+
+def pretrain(
+    config: Config, manifest: Manifest, *, mlflow_run_id: str, on_progress: Callable[[Progress], None]
+) -> None:
+    """Train on the connected cluster until the last checkpoint is written.
+
+    ``on_progress`` is called in a thread of the driver. Raises ``ray.train.TrainingFailedError`` when
+    ``cluster.max_failures`` restarts were not enough.
+    """
+    inbox = _Inbox.options(  # type: ignore[attr-defined]
+        scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+    ).remote()
+    with TemporaryDirectory(prefix="parallax-ray-") as scratch:  # Ray's bookkeeping; nothing of ours is in it
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "config": config,
+                "manifest_url": manifest.url,
+                "mlflow_run_id": mlflow_run_id,
+                "inbox": inbox,
+            },
+            torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+            scaling_config=ScalingConfig(
+                num_workers=config.cluster.num_workers,
+                use_gpu=config.cluster.gpus_per_worker > 0,
+                resources_per_worker=_resources(config),
+            ),
+            run_config=RunConfig(
+                name=config.run_id(manifest.digest),
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+        )
+        with _forwarding(inbox, on_progress):
+            trainer.fit()
+
+
+def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
+    """Evaluate and export the trained encoder in a task with one worker's resources."""
+    resources = _resources(config)
+    task = _evaluate_task.options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
+    ray.get(task.remote(config, manifest.url, git_sha))
+
+
+def _resources(config: Config) -> dict[str, float]:
+    resources = {"CPU": config.cluster.cpus_per_worker}
+    if config.cluster.gpus_per_worker:
+        resources["GPU"] = config.cluster.gpus_per_worker
+    return resources
+
+
+def _train_worker(job: dict[str, Any]) -> None:
+    """One rank: the process group is up, the device is chosen; the rest is ``fit``."""
+    config, inbox = job["config"], job["inbox"]
+    manifest = Manifest.load(job["manifest_url"])
+    fit(
+        config,
+        manifest,
+        Run(config, manifest.digest).checkpoints,
+        device=ray.train.torch.get_device(),
+        report=lambda progress: inbox.put.remote(progress),
+        mlflow_run_id=job["mlflow_run_id"],
+    )
+
+
+@ray.remote
+def _evaluate_task(config: Config, manifest_url: str, git_sha: str) -> None:
+    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    evaluate_and_export(config, Manifest.load(manifest_url), device=device, git_sha=git_sha)
+
+
+@ray.remote(num_cpus=0)
+class _Inbox:
+    """Progress reports on their way from rank 0 to the driver; a worker never waits for it."""
+
+    def __init__(self) -> None:
+        self._reports: list[Progress] = []
+
+    def put(self, report: Progress) -> None:
+        self._reports.append(report)
+
+    def drain(self) -> list[Progress]:
+        reports, self._reports = self._reports, []
+        return reports
+
+
+@contextmanager
+def _forwarding(inbox: Any, on_progress: Callable[[Progress], None]) -> Iterator[None]:
+    """Calls ``on_progress`` for each report that arrives, until the block ends and the inbox is empty."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def forward() -> None:
+        try:
+            while not done.wait(_POLL_S):
+                for report in ray.get(inbox.drain.remote()):
+                    on_progress(report)
+        except Exception as error:  # noqa: BLE001 - it is raised again in the driver's thread, below
+            failures.append(error)
+
+    thread = threading.Thread(target=forward, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    for report in ray.get(inbox.drain.remote()):
+        on_progress(report)
+    if failures:
+        raise failures[0]

@@ -1,0 +1,22 @@
+"""Errors that are messages to the person who typed the command."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the value, the rule and values that work.
+
+    Every module's own error is a subclass, so a job ends with that message instead of a stack trace.
+    """
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a job's ``main``: a UserError becomes its message on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error

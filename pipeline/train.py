@@ -1,0 +1,207 @@
+"""The training loop: plain PyTorch, the same for every method, for one process or many.
+
+``fit`` knows nothing of Ray or MLflow: whoever starts the processes sets up the process group, and gets
+``Progress`` reports. Everything scheduled is a pure function of the global step, data and augmentation are a
+pure function of (manifest, seed, step), so a run resumed from a checkpoint follows the undisturbed one.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import distributed, schedules
+from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainState
+from pipeline.config import Config, dump
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader, normalize
+from pipeline.data.manifest import Manifest
+from pipeline.methods.base import Method, method_class
+from pipeline.models.backbone import random_backbone
+from pipeline.optim import build_optimizer, ema_update_, peak_lr, set_lr
+from pipeline.progress import Progress
+
+
+def build_method(config: Config) -> Method:
+    """The method around a freshly initialised backbone; weights depend on the config and the seed alone."""
+    backbone = random_backbone(config.model, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        return method_class(config.method.name)(config.method, backbone)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the schedules say about one step."""
+
+    lr: float
+    ema_decay: float
+
+
+def hyperparameters(config: Config, step: int, steps_per_epoch: int) -> Hyperparameters:
+    """Learning rate and EMA decay at ``step``: a pure function, so nothing of it is saved."""
+    total_steps = config.train.epochs * steps_per_epoch
+    start = getattr(config.method, "ema_decay", 0.0)
+    return Hyperparameters(
+        lr=schedules.warmup_cosine(
+            step,
+            warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+            total_steps=total_steps,
+            peak=peak_lr(config.optim, config.train.global_batch_size),
+        ),
+        ema_decay=schedules.cosine(
+            step, total_steps=total_steps, start=start, end=getattr(config.method, "ema_decay_end", start)
+        ),
+    )
+
+
+def make_loader(config: Config, manifest: Manifest) -> Loader:
+    """This rank's loader over the training split."""
+    return Loader(
+        manifest,
+        "train",
+        config.method.views,
+        image_size=config.model.image_size,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=config.data.loader_workers,
+    )
+
+
+def to_device(batch: Batch, config: Config, device: torch.device) -> Batch:
+    """uint8 views on the CPU -> normalised floats on ``device``; a quarter of the bytes cross the bus."""
+    views = [
+        normalize(view.to(device, non_blocking=True), config.data.mean, config.data.std) for view in batch.views
+    ]
+    return Batch(views, batch.sample_ids.to(device, non_blocking=True))
+
+
+def train_step(
+    model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, batch: Batch, values: Hyperparameters
+) -> dict[str, Tensor]:
+    """Forward, backward, step, EMA. Returns detached metrics of this rank, still on the device."""
+    set_lr(optimizer, values.lr)
+    loss, metrics = model(batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    ema_update_(method.momentum_pairs(), values.ema_decay)
+    return {"loss": loss.detach(), **metrics}
+
+
+def fit(
+    config: Config,
+    manifest: Manifest,
+    checkpoints: CheckpointStore,
+    *,
+    device: torch.device,
+    report: Callable[[Progress], None],
+    mlflow_run_id: str = "",
+) -> Method:
+    """Train to the last epoch, from the newest checkpoint if there is one.
+
+    Called by every rank, with the process group (if any) already set up. ``report`` is called on rank 0, every
+    ``train.log_every_steps`` steps. Returns the trained method, equal on all ranks.
+    """
+    method = build_method(config).to(device)
+    if config.train.global_bn:
+        method = distributed.convert_global_bn(method)
+    optimizer = build_optimizer(method, config.optim)
+    loader = make_loader(config, manifest)
+    total_steps = config.train.epochs * loader.steps_per_epoch
+
+    start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
+    if start:
+        restore(checkpoints.load(start), method, optimizer, config, manifest)
+    model = distributed.data_parallel(method)
+    method.train()
+
+    meter = _Meter(config, total_steps, loader.steps_per_epoch, start)
+    for step, batch in enumerate(meter.timed(loader.batches(start, total_steps)), start):
+        torch.manual_seed(hash((config.seed, step, distributed.rank())))  # dropout, drop path
+        metrics = train_step(
+            model, method, optimizer, to_device(batch, config, device), hyperparameters(config, step, loader.steps_per_epoch)
+        )
+        done = step + 1
+        if done % config.train.log_every_steps == 0 or done == total_steps:
+            progress = meter.progress(done, distributed.all_reduce_mean(metrics))
+            if distributed.rank() == 0:
+                report(progress)
+        if distributed.rank() == 0 and (done % config.train.checkpoint_every_steps == 0 or done == total_steps):
+            checkpoints.save(snapshot(done, method, optimizer, config, manifest, mlflow_run_id))
+    return method
+
+
+def snapshot(
+    step: int,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    manifest: Manifest,
+    mlflow_run_id: str,
+) -> TrainState:
+    """Everything that resumes after ``step`` optimizer steps."""
+    return TrainState(
+        step=step,
+        seed=config.seed,
+        manifest_digest=manifest.digest,
+        method=method.state_dict(),
+        optimizer=optimizer.state_dict(),
+        config=dump(config),
+        mlflow_run_id=mlflow_run_id,
+    )
+
+
+def restore(
+    state: TrainState, method: Method, optimizer: torch.optim.Optimizer, config: Config, manifest: Manifest
+) -> None:
+    """Load ``state`` in place. CheckpointError if it was written for other data or another seed."""
+    if (state["manifest_digest"], state["seed"]) != (manifest.digest, config.seed):
+        raise CheckpointError(
+            f"the checkpoint of step {state['step']} was written for seed {state['seed']} and shards "
+            f"{state['manifest_digest'][:12]}, not seed {config.seed} and shards {manifest.digest[:12]}; "
+            "give the run another name"
+        )
+    method.load_state_dict(state["method"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+class _Meter:
+    """Throughput, and the share of time spent waiting for data, between two reports."""
+
+    def __init__(self, config: Config, total_steps: int, steps_per_epoch: int, start: int) -> None:
+        self._batch_size = config.train.global_batch_size
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._since, self._since_step, self._waited_s = time.perf_counter(), start, 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """``batches``, with the time that ``next`` takes counted as waiting."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def progress(self, step: int, metrics: dict[str, Tensor]) -> Progress:
+        """The report after ``step`` steps; starts the next interval."""
+        values = {name: value.item() for name, value in metrics.items()}  # waits for the device
+        now = time.perf_counter()
+        elapsed = now - self._since
+        report = Progress(
+            step=step,
+            total_steps=self._total_steps,
+            epoch=(step - 1) // self._steps_per_epoch,
+            images_per_s=(step - self._since_step) * self._batch_size / elapsed,
+            data_wait=self._waited_s / elapsed,
+            metrics=values,
+        )
+        self._since, self._since_step, self._waited_s = now, step, 0.0
+        return report
