@@ -9,17 +9,17 @@ import argparse
 import time
 
 import torch
+from pipeline.data.manifest import Manifest
+from pipeline.registry.register import register_encoder
+from pipeline.registry.tracking import Tracker, probe
+from pipeline.storage import probe_writable
 
 from pipeline.config import Config, load_config
-from pipeline.data.manifest import Manifest
 from pipeline.errors import explained
 from pipeline.preflight import dry_run, prepare_data
 from pipeline.progress import Progress, ProgressDisplay
 from pipeline.provenance import git_sha
-from pipeline.registry.register import register_encoder
-from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Registration, Run
-from pipeline.storage import probe_writable
 
 
 def main() -> None:
@@ -88,12 +88,17 @@ def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
 
 def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tracker) -> None:
     """The two stages that need the cluster."""
-    from pipeline.cluster import trainer  # Ray takes 3 s to import; a mistake in the config should not cost them
+    from pipeline.cluster import (
+        trainer,  # Ray takes 3 s to import; a mistake in the config should not cost them
+    )
     from pipeline.cluster.connection import connected
 
     done = run.checkpoints.latest_step()
     print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
-    print(f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers", flush=True)
+    print(
+        f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers",
+        flush=True,
+    )
     display = ProgressDisplay(config.train.global_batch_size)
 
     def on_progress(progress: Progress) -> None:

@@ -1,7 +1,7 @@
-"""The typed configuration of a run: YAML, then ``key.sub=value`` overrides, then validation, all before Ray starts.
+"""The typed configuration of a run: YAML, ``key.sub=value`` overrides, validation, all before Ray starts.
 
-Each module declares the part it reads (``View``, ``BackboneConfig``, ``OptimConfig`` ...); this one composes
-them. Dotted keys are the one currency of the command line, the sweep's search space and the MLflow parameters.
+Each module declares the part it reads (``View``, ``BackboneConfig``, ``OptimConfig`` ...); this one
+composes them. Dotted keys are the one currency of the command line, the sweep's search space and the MLflow parameters.
 Every config is frozen; derive one with ``override(config, ["method.temperature=0.1"])``.
 """
 
@@ -9,11 +9,20 @@ import difflib
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -158,7 +167,10 @@ class Config(_Section):
         changes the weights.
         """
         determining = self.model_dump(mode="json", include={"seed", "model", "method", "optim"})
-        determining["data"] = {"digest": manifest_digest, **self.data.model_dump(mode="json", include={"mean", "std"})}
+        determining["data"] = {
+            "digest": manifest_digest,
+            **self.data.model_dump(mode="json", include={"mean", "std"}),
+        }
         determining["train"] = self.train.model_dump(mode="json", include={"epochs", "global_batch_size", "global_bn"})
         text = json.dumps(determining, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -201,7 +213,7 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"override {item!r} is not key.sub=value; e.g. train.epochs=10")
         parts = key.split(".")
         node: Any = values
-        for part, child in zip(parts[:-1], parts[1:], strict=True):
+        for part, child in pairwise(parts):
             node = _step_into(node, part, key, [] if child.isdigit() else {})
         last = parts[-1]
         try:

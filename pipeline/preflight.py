@@ -63,7 +63,8 @@ class DryRun:
 
 
 def dry_run(config: Config, manifest: Manifest, device: torch.device) -> DryRun:
-    """One training step in this process, on one small batch; nothing is written. ConfigError if the loss is not finite."""
+    """One training step in this process, on one small batch; nothing is written. ConfigError if the loss is not
+    finite."""
     rows = min(_DRY_BATCH, config.train.global_batch_size)
     loader = Loader(
         manifest, "train", config.method.views,
@@ -78,7 +79,9 @@ def dry_run(config: Config, manifest: Manifest, device: torch.device) -> DryRun:
     values = hyperparameters(config, 0, steps_per_epoch)
     loss = train_step(method, method, optimizer, to_device(batch, config, device), values)["loss"].item()
     if not math.isfinite(loss):
-        raise ConfigError(f"the loss of the first batch is {loss}; try a larger method.temperature or a smaller optim.lr")
+        raise ConfigError(
+            f"the loss of the first batch is {loss}; try a larger method.temperature or a smaller optim.lr"
+        )
     return DryRun(
         steps_per_epoch=steps_per_epoch,
         parameters=sum(p.numel() for p in method.parameters()),

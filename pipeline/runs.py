@@ -63,7 +63,10 @@ class Run:
 
     def save_report(self, report: EvaluationReport) -> None:
         """Mark the evaluation as complete."""
-        saved = {"config": self.config.evaluate.model_dump(mode="json"), "report": report.model_dump(mode="json")}
+        saved = {
+            "config": self.config.evaluate.model_dump(mode="json"),
+            "report": report.model_dump(mode="json"),
+        }
         self._write("report.json", json.dumps(saved, indent=1))
 
     def registration(self) -> Registration | None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import distributed, schedules
 from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainState
@@ -75,9 +74,7 @@ def make_loader(config: Config, manifest: Manifest) -> Loader:
 
 def to_device(batch: Batch, config: Config, device: torch.device) -> Batch:
     """uint8 views on the CPU -> normalised floats on ``device``; a quarter of the bytes cross the bus."""
-    views = [
-        normalize(view.to(device, non_blocking=True), config.data.mean, config.data.std) for view in batch.views
-    ]
+    views = [normalize(view.to(device, non_blocking=True), config.data.mean, config.data.std) for view in batch.views]
     return Batch(views, batch.sample_ids.to(device, non_blocking=True))
 
 
@@ -125,11 +122,15 @@ def fit(
     for step, batch in enumerate(meter.timed(loader.batches(start, total_steps)), start):
         torch.manual_seed(hash((config.seed, step, distributed.rank())))  # dropout, drop path
         metrics = train_step(
-            model, method, optimizer, to_device(batch, config, device), hyperparameters(config, step, loader.steps_per_epoch)
+            model,
+            method,
+            optimizer,
+            to_device(batch, config, device),
+            hyperparameters(config, step, loader.steps_per_epoch),
         )
         done = step + 1
         if done % config.train.log_every_steps == 0 or done == total_steps:
-            progress = meter.progress(done, distributed.all_reduce_mean(metrics))
+            progress = meter.progress(done, _mean_over_ranks(metrics))
             if distributed.rank() == 0:
                 report(progress)
         if distributed.rank() == 0 and (done % config.train.checkpoint_every_steps == 0 or done == total_steps):
@@ -169,6 +170,12 @@ def restore(
         )
     method.load_state_dict(state["method"])
     optimizer.load_state_dict(state["optimizer"])
+
+
+def _mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One collective for all of them."""
+    means = distributed.all_reduce_mean(torch.stack([value.float() for value in metrics.values()]))
+    return dict(zip(metrics, means, strict=True))
 
 
 class _Meter:

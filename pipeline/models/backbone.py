@@ -14,7 +14,9 @@ class BackboneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "resnet50"
-    args: dict[str, Any] = Field(default_factory=dict)  # passed to timm.create_model, e.g. {channels: [32, 64, 128, 256]}
+    args: dict[str, Any] = Field(
+        default_factory=dict
+    )  # passed to timm.create_model, e.g. {channels: [32, 64, 128, 256]}
     image_size: int = Field(default=224, ge=8, le=1024)
 
     @field_validator("name")
