@@ -67,9 +67,7 @@ class Server:
             except OSError:
                 pass  # refused, reset or 5xx: the server is still starting
             if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{self.name}: not ready after {timeout_s} s; its log ends:\n{self._log_tail()}"
-                )
+                raise ServerError(f"{self.name}: not ready after {timeout_s} s; its log ends:\n{self._log_tail()}")
             time.sleep(0.1)
 
     def pids(self) -> list[int]:
@@ -293,15 +291,21 @@ class RayCluster:
         flags += ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
         workers = free_port_range(40)
         command = [
-            *(_beside_python("ray"), "start", *options, "--block", "--disable-usage-stats"),
+            *(_beside_python("ray"), "start", *options, "--block", "--disable-usage-stats", "--log-color=false"),
             *("--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f"--temp-dir={temporary}"),
             *(f"--object-store-memory={200 * 2**20}", f"--resources={json.dumps({name: 1})}"),
             *(f"--{flag}={port}" for flag, port in zip(flags, free_ports(len(flags)), strict=True)),
             *(f"--min-worker-port={workers.start}", f"--max-worker-port={workers.stop - 1}"),
         ]
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
-        # An inherited address would make this node join a cluster that is not ours.
-        return Server(name, command, self._folder, {**self._node_env, **token, "RAY_ADDRESS": ""})
+        env = {
+            **self._node_env,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._token),
+            "RAY_ADDRESS": "",  # an inherited one would make this node join a cluster that is not ours
+            # The `python` of a job's entrypoint is looked up on the head's PATH, in no virtual environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        return Server(name, command, self._folder, env)
 
     def _alive_nodes(self, dashboard: str) -> list[str]:
         request = urllib.request.Request(
