@@ -29,7 +29,7 @@ def build_method(config: Config) -> Method:
     backbone = random_backbone(config.model, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
-        return method_class(config.method.name)(config.method, backbone)
+        return method_class(config.method.name)(backbone, config.method)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def fit(
     method = build_method(config).to(device)
     if config.train.global_bn:
         method = distributed.convert_global_bn(method)
-    optimizer = build_optimizer(method, config.optim)
+    optimizer = build_optimizer(method, config.optim, peak_lr(config.optim, config.train.global_batch_size))
     loader = make_loader(config, manifest)
     total_steps = config.train.epochs * loader.steps_per_epoch
 

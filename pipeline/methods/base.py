@@ -36,9 +36,10 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]]
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, config: MethodConfig) -> None:
         super().__init__()
         self.backbone = backbone  # the encoder that is evaluated and exported
+        self.views = config.views  # what the loader makes of each image
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

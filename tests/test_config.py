@@ -1,0 +1,99 @@
+"""The config: YAML + overrides -> typed, or one message that teaches."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, ConfigError, dump, load_config, override
+
+MINIMAL = "name: tiny\nmethod: {name: simclr}\nmodel: {name: resnet18, image_size: 32}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_replace_values_at_any_depth(minimal: Path) -> None:
+    config = load_config(minimal, ["train.epochs=7", "method.temperature=0.07", "method.views=[{count: 2}]"])
+    assert config.train.epochs == 7
+    assert config.method.model_dump()["temperature"] == 0.07
+    assert load_config(minimal, ["method.views=[{count: 2}]", "method.views.0.flip=0.25"]).method.views[0].flip == 0.25
+
+
+def test_yaml_exponents_without_a_dot_are_numbers(minimal: Path) -> None:
+    assert load_config(minimal, ["optim.weight_decay=1e-4"]).optim.weight_decay == 1e-4  # YAML 1.1 reads a string
+
+
+def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
+    config = load_config(minimal, ["method.temperature=0.3", "data.mean=[0.1, 0.2, 0.3]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load_config(again) == config
+    assert override(config, []) == config
+
+
+def test_every_shipped_config_is_valid() -> None:
+    paths = [p for p in Path("configs").rglob("*.yaml") if "sweep" not in p.parts]
+    assert paths, "run pytest from the checkout"
+    for path in paths:
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.epoch=3"], ["train.epoch", "did you mean 'epochs'", "global_batch_size"]),
+        (["method.temprature=1"], ["method", "temprature", "did you mean 'temperature'"]),
+        (["method.views.0.flp=1"], ["flp", "did you mean 'flip'"]),
+        (["method.name=simclear"], ["simclear", "simclr"]),
+        (["model.name=resnet19"], ["resnet19", "resnet18"]),
+        (["train.epochs=0"], ["train.epochs", "greater than or equal to 1", "got 0"]),
+        (["train.epochs=many"], ["train.epochs", "integer", "'many'"]),
+        (
+            ["train.global_batch_size=100", "cluster.num_workers=3"],
+            ["global_batch_size=100", "num_workers=3", "99", "102", "1, 2, 4, 5"],
+        ),
+        (["cluster.env={AWS_SECRET_ACCESS_KEY: x}"], ["AWS_SECRET_ACCESS_KEY", "secret", "nodes"]),
+        (["registry.alias=latest"], ["latest", "champion"]),
+        (["name=Has Spaces"], ["name", "Has Spaces"]),
+        (["train"], ["'train' is not key.sub=value"]),
+        (["seed.sub=1"], ["seed"]),
+        (["method.views=[{count: 2}]", "method.views.7.flip=0"], ["0 to 0", "'7'"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_work(minimal: Path, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["seed=0", *overrides])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_lists_the_shipped_configs() -> None:
+    with pytest.raises(ConfigError, match=r"quickstart\.yaml"):
+        load_config("configs/quickstrat.yaml")
+
+
+def test_the_run_id_depends_on_what_determines_the_weights_and_nothing_else(minimal: Path) -> None:
+    config = load_config(minimal)
+    same = ["cluster.num_workers=4", "data.loader_workers=0", "train.log_every_steps=1", "storage.url=/elsewhere"]
+    for change in same:
+        assert override(config, [change]).run_id("d") == config.run_id("d"), change
+    for change in ["seed=1", "method.temperature=0.11", "train.epochs=3", "optim.lr=0.01", "data.std=[1, 1, 1]"]:
+        assert override(config, [change]).run_id("d") != config.run_id("d"), change
+    assert config.run_id("other data") != config.run_id("d")
+
+
+def test_flat_gives_dotted_keys(minimal: Path) -> None:
+    flat = load_config(minimal, ["method.views=[{count: 2}]"]).flat()
+    assert flat["train.epochs"] == "100"
+    assert flat["method.views.0.count"] == "2"
+    assert flat["method.name"] == "simclr"
+
+
+def test_configs_are_frozen(minimal: Path) -> None:
+    config: Config = load_config(minimal)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
