@@ -49,7 +49,8 @@ def hyperparameters(config: Config, step: int, steps_per_epoch: int) -> Hyperpar
             step,
             warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
             total_steps=total_steps,
-            peak=peak_lr(config.optim, config.train.global_batch_size),
+            peak=(peak := peak_lr(config.optim, config.train.global_batch_size)),
+            end=peak * config.optim.end_lr,
         ),
         ema_decay=schedules.cosine(
             step, total_steps=total_steps, start=start, end=getattr(config.method, "ema_decay_end", start)

@@ -1,0 +1,49 @@
+"""SimCLR: two views of an image attract, all others in the global batch repel (Chen et al. 2020, arXiv:2002.05709).
+
+Non-obvious: the head's last BatchNorm has a scale but no shift, and what is evaluated is the backbone, not the head.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.data.batch import Batch
+from pipeline.data.views import View
+from pipeline.losses.ntxent import ntxent
+from pipeline.methods.base import Method, MethodConfig
+from pipeline.models.backbone import Backbone
+from pipeline.models.heads import mlp
+
+
+class SimCLRConfig(MethodConfig):
+    """The paper's values for ImageNet."""
+
+    name: Literal["simclr"] = "simclr"
+    views: tuple[View, ...] = (View(count=2),)
+    temperature: float = Field(default=0.1, gt=0)
+    projection_layers: int = Field(default=2, ge=1)  # 3 in SimCLR v2
+    projection_dim: int = Field(default=128, ge=1)
+    projection_hidden_dim: int | None = Field(default=None, ge=1)  # None = the backbone's feature width
+
+
+class SimCLR(Method):
+    """backbone -> projection head -> NT-Xent."""
+
+    Config = SimCLRConfig
+
+    def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
+        super().__init__(backbone, config)
+        self.temperature = config.temperature
+        hidden = config.projection_hidden_dim or backbone.feature_dim
+        widths = [backbone.feature_dim, *[hidden] * (config.projection_layers - 1), config.projection_dim]
+        self.projection_head = mlp(widths, last_bn="scale")
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two views (B, 3, H, W) each, in one pass so that both share their BatchNorm statistics, as published."""
+        z1, z2 = self.projection_head(self.backbone(torch.cat(batch.views))).chunk(2)
+        return ntxent(z1, z2, self.temperature), {}
+
+
+METHOD = SimCLR
