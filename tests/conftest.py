@@ -38,9 +38,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(
-    tmp_path_factory: pytest.TempPathFactory, s3_server: servers.S3Server
-) -> Iterator[servers.RayCluster]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: servers.S3Server) -> Iterator[servers.RayCluster]:
     cluster = servers.RayCluster(tmp_path_factory.mktemp("ray"), node_env=s3_server.env)
     yield cluster
     cluster.stop()

@@ -27,6 +27,7 @@ from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 T = TypeVar("T")
+_NODE_IPS = {"head": "127.0.0.2", "raylet": "127.0.0.3"}
 _MARK = "PARALLAX_TEST_SERVER"
 _START_ATTEMPTS = 3  # a port can be taken between the moment it was found free and the server's bind
 _HIGHEST_PORT = 32000  # below Linux's ephemeral range (32768-60999), which outgoing connections draw from
@@ -149,6 +150,7 @@ class S3Server:
                 *(f"-{name}.port={port}" for name, port in ports.items()),
                 *(f"-{name}.port.grpc={port}" for name, port in grpc_ports.items()),
                 *("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.preStopSeconds=0"),
+                "-s3.autoCreateBucket=false",  # S3 answers a PUT into a missing bucket with 404
                 *("-master.volumeSizeLimitMB=64", "-volume.max=0"),
                 *(f"-s3.localSocket={self._sockets}/s3", f"-filer.localSocket={self._sockets}/filer"),
             ],
@@ -236,6 +238,9 @@ class MLflowServer:
 class RayCluster:
     """A head and one more raylet, one CPU each, behind token authentication, as two machines would be.
 
+    Every address in 127.0.0.0/8 is this machine (on Linux), so the nodes get 127.0.0.2 and 127.0.0.3; Ray replaces
+    127.0.0.1 by the address of a network card.
+
     ``node_env`` is what only the nodes know (S3 credentials): the processes that Ray starts inherit it, and
     the jobs API never sees it. ``env`` is what a client process needs.
     """
@@ -277,7 +282,7 @@ class RayCluster:
         options = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
         head = self._ray_start("head", ["--head", *options, "--dashboard-host=127.0.0.1"])
         _ready(head, lambda: len(self._alive_nodes(url)) == 1, timeout_s=120)
-        return head, (f"127.0.0.1:{gcs}", url)
+        return head, (f"{_NODE_IPS['head']}:{gcs}", url)
 
     def _start_raylet(self) -> tuple[Server, None]:
         raylet = self._ray_start("raylet", [f"--address={self.address}"])
@@ -292,7 +297,7 @@ class RayCluster:
         workers = free_port_range(40)
         command = [
             *(_beside_python("ray"), "start", *options, "--block", "--disable-usage-stats", "--log-color=false"),
-            *("--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f"--temp-dir={temporary}"),
+            *(f"--node-ip-address={_NODE_IPS[name]}", "--num-cpus=1", "--num-gpus=0", f"--temp-dir={temporary}"),
             *(f"--object-store-memory={200 * 2**20}", f"--resources={json.dumps({name: 1})}"),
             *(f"--{flag}={port}" for flag, port in zip(flags, free_ports(len(flags)), strict=True)),
             *(f"--min-worker-port={workers.start}", f"--max-worker-port={workers.stop - 1}"),
@@ -301,6 +306,8 @@ class RayCluster:
             **self._node_env,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token),
+            # Ports of metrics nobody reads that have no option, and fixed defaults.
+            **dict(zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, free_ports(2)), strict=True)),
             "RAY_ADDRESS": "",  # an inherited one would make this node join a cluster that is not ours
             # The `python` of a job's entrypoint is looked up on the head's PATH, in no virtual environment.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -318,7 +325,7 @@ class RayCluster:
     def stop(self) -> None:
         """End both nodes, the raylet first, and remove Ray's folders."""
         for node in reversed(self._nodes):
-            node.stop()
+            node.stop(grace_s=5)  # it would drain for 30 s
         for folder in self._temporary:
             shutil.rmtree(folder)
 

@@ -25,6 +25,12 @@ def test_s3_takes_the_credentials_from_the_environment_and_refuses_others(s3: S3
         stranger.get_object(Bucket=bucket, Key="a/b")
 
 
+def test_s3_creates_no_bucket_by_itself(s3: S3):
+    client = boto3.client("s3")
+    with pytest.raises(client.exceptions.NoSuchBucket):
+        client.put_object(Bucket="missing", Key="a", Body=b"")
+
+
 def test_each_test_gets_an_empty_bucket(s3: S3):
     assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket=s3.url.removeprefix("s3://"))
 
