@@ -213,8 +213,10 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"override {item!r} is not key.sub=value; e.g. train.epochs=10")
         parts = key.split(".")
         node: Any = values
-        for part, child in pairwise(parts):
-            node = _step_into(node, part, key, [] if child.isdigit() else {})
+        for depth, (part, child) in enumerate(pairwise(parts)):
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = _default_list(values, parts[: depth + 1]) if child.isdigit() else {}
+            node = _step_into(node, part, key)
         last = parts[-1]
         try:
             value = yaml.safe_load(text)
@@ -229,14 +231,20 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _step_into(node: Any, part: str, key: str, empty: Any) -> Any:
+def _step_into(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, part, key)]
     if not isinstance(node, dict):
         raise ConfigError(f"override {key!r}: {part!r} lies below a plain value")
-    if node.get(part) is None:
-        node[part] = empty
     return node[part]
+
+
+def _default_list(values: dict[str, Any], path: list[str]) -> Any:
+    """The list that ``path`` has by default: ``method.views.0.flip=0.5`` works without views in the YAML."""
+    node: Any = _validated(values, "the config before its overrides").model_dump(mode="json")
+    for part in path:
+        node = node[part] if part in node else []
+    return node
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
@@ -249,7 +257,7 @@ def _validated(values: dict[str, Any], origin: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origin)) from error
+        raise ConfigError(_explain(error, values, origin)) from error
     # Workers run in other folders: make local paths absolute once, here.
     return config.model_copy(
         update={
@@ -261,33 +269,32 @@ def _validated(values: dict[str, Any], origin: str) -> Config:
     )
 
 
-def _explain(error: ValidationError, origin: str) -> str:
-    lines = []
+def _explain(error: ValidationError, values: dict[str, Any], origin: str) -> str:
+    lines = [f"{origin} is not valid:"]
     for problem in error.errors():
-        keys = [str(part) for part in problem["loc"]]
-        key = ".".join(keys)
+        path = [str(part) for part in problem["loc"]]
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            allowed = _known_keys(keys[:-1], error)
-            close = difflib.get_close_matches(keys[-1], allowed, n=1)
+            allowed = _keys_at(path[:-1], values)
+            close = difflib.get_close_matches(path[-1], allowed, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             message = f"no such key; {hint}keys here: {', '.join(allowed)}"
         elif problem["type"] != "missing" and not isinstance(problem["input"], dict | BaseModel):
             message += f" (got {problem['input']!r})"
-        lines.append(f"{key}: {message}" if key else message)
-    return f"{origin} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)
+        lines.append("  - " + (f"{'.'.join(path)}: {message}" if path else message))
+    return "\n".join(lines)
 
 
-def _known_keys(path: list[str], error: ValidationError) -> list[str]:
+def _keys_at(path: list[str], values: dict[str, Any]) -> list[str]:
     model: Any = Config
-    if error.title in {m.__name__ for m in MethodConfig.__subclasses__()}:
-        model = next(m for m in MethodConfig.__subclasses__() if m.__name__ == error.title)
-    for part in path:
-        if part.isdigit():
+    for depth, part in enumerate(path):
+        if part.isdigit():  # an index into a list: its element type was reached with the list's name
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if depth == 0 and part == "method":
+            model = method_class(values["method"]["name"]).Config
     return list(model.model_fields)
 
 

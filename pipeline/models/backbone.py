@@ -1,5 +1,6 @@
 """Backbones are timm models without a classifier, so that an exported encoder loads with timm alone."""
 
+import difflib
 from typing import Any
 
 import timm
@@ -23,7 +24,10 @@ class BackboneConfig(BaseModel):
     @classmethod
     def _is_a_timm_model(cls, name: str) -> str:
         if not timm.is_model(name):
-            close = timm.list_models(f"*{name[:6]}*")[:8] or ["resnet18", "resnet50", "vit_small_patch16_224"]
+            close = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.7) or [
+                "resnet50",
+                "vit_small_patch16_224",
+            ]
             raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close)}")
         return name
 
