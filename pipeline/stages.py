@@ -9,7 +9,8 @@ from pipeline.config import Config
 from pipeline.data.loader import read_images
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.report import EvaluationReport, evaluate_encoder
-from pipeline.export import ModelCard, export_encoder
+from pipeline.export import export_encoder
+from pipeline.model_card import ModelCard
 from pipeline.models.backbone import Backbone
 from pipeline.runs import Run
 from pipeline.train import build_method

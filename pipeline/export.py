@@ -1,0 +1,212 @@
+"""An encoder leaves Parallax as files that need none of its code, no pickle, and prove themselves on load.
+
+::
+
+    model.pt2          the graph and its weights (torch.export): needs torch, any batch size
+    model.safetensors  the weights, and config.json the architecture: ``timm.create_model("local-dir:<folder>")``
+    golden.npz         a few uint8 images and the embeddings they must give
+    card.json          where the encoder comes from; README.md says the same to people
+
+The golden embeddings are not a nicety: ``timm.create_model("local-dir:...")`` without ``pretrained=True`` gives random
+weights without a word, and a wrong mean or channel order looks just as healthy.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pipeline.archive import load_archive
+from pipeline.errors import UserError
+from pipeline.model_card import ModelCard, render
+from pipeline.models.backbone import Backbone, create_timm_model
+
+# Largest relative L2 error of an embedding. Float32 on another CPU is off by 1e-6 to 1e-5, TF32 on a GPU by
+# up to 2e-3; wrong weights by about 1, a wrong mean or std by more than 5e-2.
+GOLDEN_TOLERANCE = 5e-3
+
+
+class ExportError(UserError):
+    """The files of an encoder do not give the embeddings they promise, or are not all there."""
+
+
+class Preprocessing(NamedTuple):
+    """What an encoder expects: RGB images resized and centre-cropped to a square, x / 255, then (x - mean) / std."""
+
+    image_size: int  # pixels
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, S, S) -> float32, on the images' device."""
+        mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (self.mean, self.std))
+        return (images / 255 - mean) / std
+
+
+def export_encoder(
+    backbone: Backbone,
+    out_dir: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    golden_images: Tensor | np.ndarray[Any, Any],
+    card: ModelCard,
+) -> None:
+    """Write the files above into ``out_dir``, replacing what is there; all of them or none.
+
+    ``golden_images``: uint8 (N, 3, S, S). Before the folder appears under its name, model.pt2 and the
+    safetensors are loaded from it the way a consumer loads them, and must give the golden embeddings.
+    """
+    images = torch.as_tensor(golden_images)
+    size = backbone.config.image_size
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+        raise ValueError(f"golden images are uint8 (N, 3, {size}, {size}), not {images.dtype} {tuple(images.shape)}")
+    preprocessing = Preprocessing(size, tuple(mean), tuple(std))  # type: ignore[arg-type]
+    net = create_timm_model(backbone.config)  # fresh, so that global BN exports as plain BN and every key is checked
+    net.load_state_dict(backbone.net.state_dict())  # copies to the CPU and to float32
+    net.eval().requires_grad_(False)
+
+    out_dir = out_dir.absolute()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        _write_archive(net, folder / "model.pt2", size)
+        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_timm_config(backbone, net, preprocessing), indent=1))
+        with torch.inference_mode():
+            embeddings = net(preprocessing(images))
+        np.savez(folder / "golden.npz", images=images.numpy(), embeddings=embeddings.numpy())
+        check_golden(load_archive(folder / "model.pt2"), folder)
+        check_golden(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), folder)
+        files = {
+            name: _sha256(folder / name) for name in ("model.pt2", "model.safetensors", "config.json", "golden.npz")
+        }
+        manifest = BundleManifest(card=card, files=files)
+        (folder / "card.json").write_text(manifest.model_dump_json(indent=1))
+        (folder / "README.md").write_text(
+            render(
+                card,
+                architecture=backbone.config.name,
+                feature_dim=embeddings.shape[1],
+                parameters=sum(p.numel() for p in net.parameters()),
+                image_size=size,
+                mean=preprocessing.mean,
+                std=preprocessing.std,
+                golden_sha256=files["golden.npz"],
+                tolerance=GOLDEN_TOLERANCE,
+            )
+        )
+        for path, mode in [(folder, 0o755), *((file, 0o644) for file in folder.iterdir())]:
+            path.chmod(mode)  # mkdtemp and safetensors write for the owner's eyes only
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        os.rename(folder, out_dir)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class BundleManifest(BaseModel):
+    """``card.json``: the card, and the SHA-256 of each file that is loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    card: ModelCard
+    files: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """What makes it this encoder and no other: the run, the weights, the architecture and preprocessing.
+
+        model.pt2 is left out: torch.export writes the same graph in other bytes each time.
+        """
+        parts = [self.card.run_id, self.files["model.safetensors"], self.files["config.json"]]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def check_bundle(folder: Path) -> BundleManifest:
+    """Read ``card.json`` and compare every file with it; ExportError names the one that is missing or damaged."""
+    try:
+        manifest = BundleManifest.model_validate_json((folder / "card.json").read_text())
+    except FileNotFoundError as error:
+        raise ExportError(f"{folder} has no card.json, so it is not an exported encoder") from error
+    for name in [*manifest.files, "README.md"]:
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder} lacks {name}; export the encoder again")
+        if name in manifest.files and (found := _sha256(folder / name)) != manifest.files[name]:
+            raise ExportError(f"{folder / name} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
+    return manifest
+
+
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """What ``config.json`` says about the input."""
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    return Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+
+
+def check_golden(encode: Callable[[Tensor], Tensor], folder: Path, device: torch.device | None = None) -> None:
+    """Raise ExportError unless ``encode`` reproduces the embeddings in ``folder``/golden.npz."""
+    with np.load(folder / "golden.npz", allow_pickle=False) as golden:
+        images, expected = torch.from_numpy(golden["images"]), torch.from_numpy(golden["embeddings"])
+    with torch.inference_mode():
+        found = encode(read_preprocessing(folder)(images.to(device))).float().cpu()
+    if found.shape != expected.shape:
+        raise ExportError(
+            f"the encoder in {folder} gives {tuple(found.shape)}, its golden embedding is {tuple(expected.shape)}"
+        )
+    error = ((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)).max().item()
+    if not error <= GOLDEN_TOLERANCE:  # NaN fails too
+        raise ExportError(
+            f"the encoder in {folder} does not reproduce its golden embedding: relative error {error:.2g}, "
+            f"at most {GOLDEN_TOLERANCE:g} is rounding; the files do not belong together, or were damaged"
+        )
+
+
+def _write_archive(net: nn.Module, path: Path, size: int) -> None:
+    # Traced at batch 2 (1 would be frozen); zeros in one element's storage, because the example is stored too.
+    example = torch.zeros(1).expand(2, 3, size, size)
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of the machine that exported it
+    torch.export.save(program, path)
+
+
+def _timm_config(backbone: Backbone, net: nn.Module, preprocessing: Preprocessing) -> dict[str, Any]:
+    default: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
+    return {
+        "architecture": backbone.config.name,
+        "num_classes": 0,
+        "num_features": backbone.feature_dim,
+        "model_args": backbone.config.args,
+        "pretrained_cfg": {
+            "input_size": [3, preprocessing.image_size, preprocessing.image_size],
+            "fixed_input_size": default.get("fixed_input_size", False),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+            "num_classes": 0,
+            "pool_size": None,
+            # With these a consumer fine-tunes by create_model(..., num_classes=10) or in_chans=1.
+            "first_conv": default.get("first_conv"),
+            "classifier": default.get("classifier"),
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,162 @@
+"""The model card: what an encoder is, how to load it, what it was measured to be worth, and where it stops.
+
+The Python snippets run verbatim inside the folder of a pulled registry entry; tests/test_model_card.py does that.
+"""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Score(BaseModel):
+    """One metric of the encoder beside the same metric of the two baselines; None = not measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str  # e.g. knn_top1
+    encoder: float
+    raw_pixels: float | None = None
+    random_init: float | None = None
+
+
+class ModelCard(BaseModel):
+    """Where an encoder comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: str
+    method: str
+    hyperparameters: dict[str, str]  # dotted key -> value
+    data_digest: str  # the manifest's
+    git_sha: str
+    metrics: tuple[Score, ...]
+
+
+def render(
+    card: ModelCard,
+    *,
+    architecture: str,
+    feature_dim: int,
+    parameters: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    golden_sha256: str,
+    tolerance: float,
+) -> str:
+    """The card as Markdown."""
+    metrics = "\n".join(
+        f"| {score.metric} | {score.encoder:.4f} | {_number(score.raw_pixels)} | {_number(score.random_init)} |"
+        for score in card.metrics
+    )
+    hyperparameters = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(card.hyperparameters.items()))
+    return f"""\
+---
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags: [self-supervised, {card.method}]
+---
+# {architecture}, pretrained with {card.method}
+
+An image encoder, trained without labels: RGB images of {image_size} x {image_size} pixels to embeddings of \
+{feature_dim} float32, {parameters / 1e6:.2f} M parameters.
+
+| | |
+|---|---|
+| run | `{card.run_id}` |
+| method | {card.method} |
+| data (manifest digest) | `{card.data_digest}` |
+| code (git) | `{card.git_sha}` |
+| golden embedding (SHA-256 of golden.npz) | `{golden_sha256}` |
+
+## Load it
+
+None of this needs the code that trained it. Get the registry entry and enter its folder:
+
+```sh
+mlflow artifacts download -u models:/<name>@<alias> -d encoder && cd encoder
+```
+
+With torch and mlflow, no other package:
+
+```python
+import json
+import os
+
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+import mlflow.pytorch
+import numpy as np
+import torch
+
+config = json.load(open("extra_files/config.json"))["pretrained_cfg"]
+mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+golden = np.load("extra_files/golden.npz", allow_pickle=False)
+images = torch.from_numpy(golden["images"])  # uint8 (N, 3, {image_size}, {image_size}); yours go here
+
+encoder = mlflow.pytorch.load_model(".")
+with torch.inference_mode():
+    embeddings = encoder((images / 255 - mean) / std)  # float32 (N, {feature_dim})
+
+expected = torch.from_numpy(golden["embeddings"])
+error = (embeddings - expected).norm(dim=1) / expected.norm(dim=1)
+assert error.max() < {tolerance:g}, "not the encoder this card describes"
+```
+
+With timm, to fine-tune (`num_classes=10` adds a head; `pretrained=True` is needed, without it the weights are random):
+
+```python
+import numpy as np
+import timm
+import torch
+
+encoder = timm.create_model("local-dir:extra_files", pretrained=True).eval()
+config = encoder.pretrained_cfg
+mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+golden = np.load("extra_files/golden.npz", allow_pickle=False)
+with torch.inference_mode():
+    embeddings = encoder((torch.from_numpy(golden["images"]) / 255 - mean) / std)
+
+expected = torch.from_numpy(golden["embeddings"])
+error = (embeddings - expected).norm(dim=1) / expected.norm(dim=1)
+assert error.max() < {tolerance:g}, "not the encoder this card describes"
+```
+
+**Safety.** model.safetensors and golden.npz hold numbers only. model.pt2 is a program: the variable above makes MLflow
+refuse pickled objects in it, but torch also evaluates size expressions and guards that the file holds as Python. Load
+model.pt2 from registries you trust, and take the safetensors otherwise; `python -m jobs.pull` (parallax-ssl) refuses a
+model.pt2 that holds anything but tensors and tensor arithmetic.
+
+## Preprocessing
+
+RGB, shorter side resized to {image_size}, centre crop of {image_size} x {image_size}, bilinear with antialiasing; \
+`x / 255`, then `(x - mean) / std` with
+
+- mean `{list(mean)}`
+- std `{list(std)}`
+
+## Measured
+
+On the validation split of the data above, the encoder frozen; both baselines were measured in the same run.
+
+| metric | this encoder | raw pixels | random initialisation |
+|---|---|---|---|
+{metrics}
+
+## Limits
+
+- Trained on the data of the digest above and measured on its validation split; elsewhere it is unmeasured.
+- It learnt to ignore what its augmentations change: see `method.views` below. What depends on colour, orientation or
+  scale may be lost.
+- model.pt2 accepts any batch size, but only {image_size} x {image_size} pixels, in float32.
+- Learnt from images without labels, it carries their biases; nothing was done to remove them.
+
+## Hyper-parameters
+
+| key | value |
+|---|---|
+{hyperparameters}
+"""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
