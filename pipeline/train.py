@@ -44,12 +44,13 @@ def hyperparameters(config: Config, step: int, steps_per_epoch: int) -> Hyperpar
     """Learning rate and EMA decay at ``step``: a pure function, so nothing of it is saved."""
     total_steps = config.train.epochs * steps_per_epoch
     start = getattr(config.method, "ema_decay", 0.0)
+    peak = peak_lr(config.optim, config.train.global_batch_size)
     return Hyperparameters(
         lr=schedules.warmup_cosine(
             step,
             warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
             total_steps=total_steps,
-            peak=(peak := peak_lr(config.optim, config.train.global_batch_size)),
+            peak=peak,
             end=peak * config.optim.end_lr,
         ),
         ema_decay=schedules.cosine(
