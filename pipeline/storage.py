@@ -1,0 +1,237 @@
+"""Files and objects by URL: the only user of fsspec and s3fs.
+
+A URL is a local path, ``file://...`` or anything fsspec knows (``s3://bucket/key``). Credentials and
+endpoints come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...). Every call
+is bounded: an unreachable endpoint is a StorageError within about 15 s, not a hang. s3fs is not fork-safe,
+so a process that forks must not have touched it; the loader's workers are fresh interpreters for that reason.
+"""
+
+import functools
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CONNECT_TIMEOUT_S = 3
+READ_TIMEOUT_S = 10
+S3_ATTEMPTS = 3  # s3fs's own retries, 0.1 and 0.17 s apart; botocore's are off, they would multiply
+SIGNATURE_LIFETIME_S = 3600
+
+
+class StorageError(Exception):
+    """A file, an object or an endpoint is not usable; the message names the URL, the cause and what to do."""
+
+
+class MissingError(StorageError):
+    """Nothing lies at this URL."""
+
+
+def is_remote(url: str) -> bool:
+    """Whether ``url`` lies outside the local file system."""
+    return "://" in url and not url.startswith("file://")
+
+
+def resolve(url: str) -> str:
+    """An absolute local path, or ``scheme://...`` untouched (without trailing slashes)."""
+    return url.rstrip("/") if is_remote(url) else str(_local(url))
+
+
+def join(url: str, *parts: str) -> str:
+    """``url`` and ``parts`` with one slash between them."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(url: str) -> bool:
+    """Whether a file, an object or a folder lies at ``url``."""
+    if not is_remote(url):
+        return _local(url).exists()
+    with _explained("look at", url):
+        fs, path = _remote(url)
+        return bool(fs.exists(path))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content. MissingError where there is none."""
+    with _explained("read", url):
+        if not is_remote(url):
+            return _local(url).read_bytes()
+        fs, path = _remote(url)
+        return bytes(fs.cat_file(path))
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of the content; StorageError where it is shorter than ``end``."""
+    with _explained("read", url):
+        if is_remote(url):
+            fs, path = _remote(url)
+            data = bytes(fs.cat_file(path, start=start, end=end))
+        else:
+            with _local(url).open("rb") as file:
+                file.seek(start)
+                data = file.read(end - start)
+    if len(data) != end - start:
+        raise StorageError(f"{url} ends before byte {end}: got {len(data)} of the {end - start} bytes from {start}")
+    return data
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write ``data`` so that a reader sees all of it or what was there before."""
+    with _explained("write", url):
+        if is_remote(url):
+            fs, path = _remote(url)
+            fs.pipe_file(path, data, timeout=_patience_s(len(data)))
+            return
+        with _replacing(_local(url)) as part, part.open("wb") as file:
+            file.write(data)
+
+
+def upload(local_path: str | Path, url: str) -> None:
+    """Copy a local file to ``url``, atomically."""
+    with _explained("write", url):
+        if is_remote(url):
+            fs, path = _remote(url)
+            fs.put_file(str(local_path), path, timeout=_patience_s(Path(local_path).stat().st_size))
+            return
+        with _replacing(_local(url)) as part:
+            shutil.copyfile(local_path, part)
+
+
+def download(url: str, local_path: str | Path) -> None:
+    """Copy the content of ``url`` to a local file, atomically."""
+    with _explained("read", url), _replacing(Path(local_path)) as part:
+        if is_remote(url):
+            fs, path = _remote(url)
+            fs.get_file(path, str(part))  # READ_TIMEOUT_S bounds each wait
+        else:
+            shutil.copyfile(_local(url), part)
+
+
+def list_sizes(folder_url: str) -> dict[str, int]:
+    """Relative name (with ``/`` for what lies deeper) -> bytes of every file below a folder, by one listing.
+
+    A folder that is not there is empty.
+    """
+    with _explained("list", folder_url):
+        if is_remote(folder_url):
+            fs, root = _remote(folder_url)
+            found = fs.find(root, detail=True)
+            return {path[len(root) :].lstrip("/"): int(info["size"]) for path, info in found.items() if path != root}
+        folder = _local(folder_url)
+        files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def delete(url: str) -> None:
+    """Remove a file, an object or a folder with all it holds; what is not there is not an error."""
+    with _explained("delete", url):
+        if is_remote(url):
+            fs, path = _remote(url)
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+            return
+        local = _local(url)
+        if local.is_dir():
+            shutil.rmtree(local)
+        else:
+            local.unlink(missing_ok=True)
+
+
+def probe_writable(url: str) -> None:
+    """Write, read back and delete a small object below ``url``; StorageError says what to fix."""
+    probe = join(url, f".probe-{uuid.uuid4().hex[:12]}")
+    write_bytes(probe, b"parallax")
+    if read_bytes(probe) != b"parallax":
+        raise StorageError(f"{url}: what was written is not what is read back; is a cache in between?")
+    delete(probe)
+
+
+def sign(url: str) -> str | None:
+    """An ``http(s)://`` URL that GETs an S3 object for the next hour without credentials; None off S3."""
+    if not url.startswith(("s3://", "s3a://")):
+        return None
+    with _explained("sign", url):
+        fs, path = _remote(url)
+        return str(fs.sign(path, expiration=SIGNATURE_LIFETIME_S))
+
+
+def _patience_s(size: int) -> float:
+    """Seconds a write may take: a PUT waits for ``100 Continue`` under no timeout of aiohttp's."""
+    return 15 + size / 2**20
+
+
+def _local(url: str) -> Path:
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary neighbour of ``target`` that becomes ``target`` once it is on the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o644)  # mkstemp's 0600 would hide a shared folder's files from the other users
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    scheme = url.partition("://")[0]
+    environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+    fs = _filesystem(scheme, os.getpid(), environment)
+    return fs, str(fs._strip_protocol(url)).rstrip("/")
+
+
+@functools.lru_cache
+def _filesystem(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    import fsspec  # 1 s with s3fs behind it; a run on local folders never pays it
+
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "retries": {"max_attempts": 0},
+            "signature_version": "s3v4",  # sign() would fall back to version 2, which newer regions refuse
+            "max_pool_connections": 32,
+        }
+    try:
+        fs = fsspec.filesystem(scheme, **options)
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"{scheme}:// is not a storage this installation can reach: {error}") from error
+    if scheme in ("s3", "s3a"):
+        fs.retries = S3_ATTEMPTS
+    return fs
+
+
+@contextmanager
+def _explained(verb: str, url: str) -> Iterator[None]:
+    """Turn what any backend raises into a StorageError that teaches."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        hint = " (is the bucket's name right, and does it exist?)" if is_remote(url) else ""
+        raise MissingError(f"cannot {verb} {url}: there is nothing of that name{hint}") from error
+    except PermissionError as error:
+        raise StorageError(f"cannot {verb} {url}: access denied ({error}); {_credentials_hint(url)}") from error
+    except Exception as error:  # every backend has exceptions of its own: name them all, keep the cause
+        raise StorageError(f"cannot {verb} {url}: {type(error).__name__}: {error}; {_credentials_hint(url)}") from error
+
+
+def _credentials_hint(url: str) -> str:
+    if not url.startswith(("s3://", "s3a://")):
+        return "check the path and its permissions"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon"
+    key = "set" if os.environ.get("AWS_ACCESS_KEY_ID") else "not set"
+    return f"endpoint: {endpoint} (AWS_ENDPOINT_URL); AWS_ACCESS_KEY_ID is {key}"
