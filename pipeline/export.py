@@ -136,17 +136,23 @@ class BundleManifest(BaseModel):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def check_bundle(folder: Path) -> BundleManifest:
-    """Read ``card.json`` and compare every file with it; ExportError names the one that is missing or damaged."""
+def check_bundle(folder: Path, *, model: Path | None = None) -> BundleManifest:
+    """Read ``card.json`` and compare every file with it; ExportError names the one that is missing or damaged.
+
+    ``model``: where model.pt2 is, if it does not lie in ``folder`` (a registry entry keeps it apart).
+    """
     try:
         manifest = BundleManifest.model_validate_json((folder / "card.json").read_text())
     except FileNotFoundError as error:
         raise ExportError(f"{folder} has no card.json, so it is not an exported encoder") from error
-    for name in [*manifest.files, "README.md"]:
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder} lacks {name}; export the encoder again")
-        if name in manifest.files and (found := _sha256(folder / name)) != manifest.files[name]:
-            raise ExportError(f"{folder / name} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
+    paths = {name: folder / name for name in manifest.files}
+    if model is not None:
+        paths["model.pt2"] = model
+    for name, path in paths.items():
+        if not path.is_file():
+            raise ExportError(f"{path} is missing; export the encoder again")
+        if (found := _sha256(path)) != manifest.files[name]:
+            raise ExportError(f"{path} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
     return manifest
 
 

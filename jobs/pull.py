@@ -1,0 +1,40 @@
+"""Fetch a registered encoder into a folder and say how to load it.
+
+    python -m jobs.pull models:/<name>@<alias> --out <folder> --tracking-uri <uri>
+
+The entry is checked: no file damaged, nothing in model.pt2 but tensors and tensor arithmetic, and the golden embedding
+comes out.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from pipeline.archive import load_archive
+from pipeline.errors import explained
+from pipeline.export import check_golden
+from pipeline.registry.pull import pull
+
+
+def main() -> None:
+    """Parse the command line, pull, check, print the next step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="models:/<name>@<alias> or models:/<name>/<version>")
+    parser.add_argument("--out", required=True, type=Path, help="a folder that does not exist yet")
+    parser.add_argument(
+        "--tracking-uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///.parallax/mlflow.db",
+        help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
+    )
+    arguments = parser.parse_args()
+    with explained():
+        pulled = pull(arguments.model, arguments.tracking_uri, arguments.out)
+        check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
+    print(f"""\
+{pulled.name} version {pulled.version} is in {pulled.folder}, its golden embedding reproduced
+  read  {pulled.folder}/extra_files/README.md
+  load  timm.create_model("local-dir:{pulled.folder}/extra_files", pretrained=True)""")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A registered encoder by name: resolved to one version once, then fetched whole and checked.
+
+An alias can move between two lookups. Whoever acts on an encoder resolves once and names the version from then on.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.export import check_bundle
+from pipeline.registry.tracking import RegistryError, connect, server_errors
+
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))")
+
+
+class Resolved(NamedTuple):
+    """One version in the registry."""
+
+    name: str
+    version: int
+    source: str  # models:/m-..., the LoggedModel that the version points at
+
+
+class Pulled(NamedTuple):
+    """An entry on this machine."""
+
+    name: str
+    version: int
+    folder: Path  # MLmodel, data/model.pt2, extra_files/
+
+
+def resolve(model_uri: str, tracking_uri: str) -> Resolved:
+    """``models:/name@alias`` or ``models:/name/version`` -> the version. RegistryError names what exists."""
+    match = _MODEL_URI.fullmatch(model_uri)
+    if match is None:
+        raise RegistryError(
+            f"{model_uri!r} does not name a registered model; e.g. models:/parallax-encoder@champion "
+            "or models:/parallax-encoder/3"
+        )
+    client = connect(tracking_uri)
+    name, alias, version = match["name"], match["alias"], match["version"]
+    with server_errors(tracking_uri):
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise RegistryError(
+                f"{model_uri} is not in the registry at {tracking_uri}; {_what_exists(client, name)}"
+            ) from error
+    return Resolved(name, int(found.version), found.source)
+
+
+def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
+    """Fetch a whole entry into ``out_dir``, which must not exist yet; it appears there only when it is complete.
+
+    Raises RegistryError if there is no such model or the server does not answer, ExportError if a file is damaged.
+    """
+    if out_dir.exists():
+        raise RegistryError(f"{out_dir} exists already; name a folder that does not, e.g. {_free(out_dir)}")
+    resolved = resolve(model_uri, tracking_uri)
+    out_dir = out_dir.absolute()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        with server_errors(tracking_uri):
+            mlflow.artifacts.download_artifacts(artifact_uri=resolved.source, dst_path=str(folder))
+        check_bundle(folder / "extra_files", model=folder / "data" / "model.pt2")
+        folder.chmod(0o755)
+        os.rename(folder, out_dir)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Pulled(resolved.name, resolved.version, out_dir)
+
+
+def _what_exists(client: MlflowClient, name: str) -> str:
+    models = {model.name: model for model in client.search_registered_models(max_results=20)}
+    if name not in models:
+        return "registered models: " + (", ".join(sorted(models)) or "none, run python -m jobs.pretrain first")
+    versions = client.search_model_versions(f"name = '{name}'", max_results=20)
+    aliases = ", ".join(f"@{alias} (version {version})" for alias, version in models[name].aliases.items())
+    numbers = ", ".join(sorted((str(version.version) for version in versions), key=int))
+    return f"aliases of {name}: {aliases or 'none'}; versions: {numbers or 'none'}"
+
+
+def _free(taken: Path) -> Path:
+    number = 2
+    while (candidate := taken.with_name(f"{taken.name}-{number}")).exists():
+        number += 1
+    return candidate

@@ -1,0 +1,182 @@
+"""An exported encoder becomes one version in the MLflow registry, however often and from wherever it is tried.
+
+One LoggedModel holds everything: ``data/model.pt2`` behind MLflow's pytorch and pyfunc flavours, and
+``extra_files/{config.json, model.safetensors, golden.npz, card.json, README.md}``. Four stages follow each other
+(create, upload, version, alias); each first looks for what an earlier attempt left behind, so a process
+that was killed between two of them is continued by the next call.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mlflow import MlflowClient, pyfunc
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from mlflow.utils.environment import _PythonEnv
+
+from pipeline.export import BundleManifest, check_bundle, read_preprocessing
+from pipeline.registry.tracking import connect, server_errors
+
+DIGEST_TAG = "parallax.export_digest"
+_LOADED_BY_MLFLOW = "model.pt2"
+
+
+class Registered(NamedTuple):
+    """Where an encoder stands in the registry."""
+
+    name: str
+    version: int
+    alias: str
+    model_uri: str  # models:/m-..., the LoggedModel; never changes what it points at
+
+
+def register_encoder(
+    bundle: Path, *, tracking_uri: str, mlflow_run_id: str, model_name: str, alias: str, tags: Mapping[str, str]
+) -> Registered:
+    """Register the files of ``export_encoder`` as a version of ``model_name`` and let ``alias`` point at it.
+
+    The same encoder again, or at the same time, gives the same version. Raises ExportError if the
+    bundle is damaged, RegistryError if the server does not answer.
+    """
+    manifest = check_bundle(bundle)
+    client = connect(tracking_uri)
+    tags = {**tags, DIGEST_TAG: manifest.digest}
+    with server_errors(tracking_uri):
+        version = _find_version(client, model_name, manifest.digest)
+        if version is None:
+            model = _find_or_create_model(client, mlflow_run_id, manifest, tags)
+            if model.status != LoggedModelStatus.READY:
+                _upload(client, model, bundle)
+            _link_to_run(client, model, mlflow_run_id, manifest)
+            version = _create_version(client, model_name, model, mlflow_run_id, tags)
+        client.set_registered_model_alias(model_name, alias, str(version.version))
+    return Registered(model_name, int(version.version), alias, version.source)
+
+
+def _find_version(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    """The first version of this encoder, which is the one that counts."""
+    found = client.search_model_versions(f"name = '{name}' and tag.`{DIGEST_TAG}` = '{digest}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def _find_or_create_model(
+    client: MlflowClient, mlflow_run_id: str, manifest: BundleManifest, tags: Mapping[str, str]
+) -> LoggedModel:
+    experiment_id = client.get_run(mlflow_run_id).info.experiment_id
+
+    def oldest() -> LoggedModel | None:
+        # A filter on the status finds nothing in mlflow 3.17; an unfinished model is finished, not replaced.
+        found = client.search_logged_models([experiment_id], f"tags.`{DIGEST_TAG}` = '{manifest.digest}'")
+        return min(found, key=lambda model: (model.creation_timestamp, model.model_id), default=None)
+
+    if (model := oldest()) is not None:
+        return model
+    created = client.create_logged_model(
+        experiment_id,
+        name="encoder",
+        source_run_id=mlflow_run_id,
+        tags=dict(tags),
+        params=manifest.card.hyperparameters,
+        model_type="encoder",
+    )
+    first = oldest() or created
+    if first.model_id != created.model_id:
+        client.delete_logged_model(created.model_id)  # another process was faster
+    return first
+
+
+def _upload(client: MlflowClient, model: LoggedModel, bundle: Path) -> None:
+    with TemporaryDirectory(prefix="parallax-register-") as folder:
+        _lay_out(bundle, Path(folder), model)
+        client.log_model_artifacts(model.model_id, folder)
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def _lay_out(bundle: Path, folder: Path, model: LoggedModel) -> None:
+    """The folder that MLflow's pytorch flavour would have saved, around the model.pt2 that was verified."""
+    (folder / "data").mkdir()
+    (folder / "extra_files").mkdir()
+    shutil.copy(bundle / _LOADED_BY_MLFLOW, folder / "data")
+    extra = sorted(file.name for file in bundle.iterdir() if file.name != _LOADED_BY_MLFLOW)
+    for name in extra:
+        shutil.copy(bundle / name, folder / "extra_files")
+
+    with np.load(bundle / "golden.npz", allow_pickle=False) as golden:
+        feature_dim = golden["embeddings"].shape[1]
+    size = read_preprocessing(bundle).image_size
+    requirements = [f"torch=={torch.__version__.split('+')[0]}", "mlflow>=3.17,<4", "numpy>=2"]
+    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
+    _PythonEnv(build_dependencies=[], dependencies=["-r requirements.txt"]).to_yaml(folder / "python_env.yaml")
+
+    description = Model(
+        model_id=model.model_id,
+        run_id=model.source_run_id,
+        signature=ModelSignature(  # unnamed tensors: MLflow then feeds numpy arrays straight into model.pt2
+            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 3, size, size))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, feature_dim))]),
+        ),
+    )
+    description.add_flavor(
+        "pytorch",
+        model_data="data",
+        pytorch_version=str(torch.__version__),
+        code=None,
+        extra_files=[{"path": f"extra_files/{name}"} for name in extra],
+    )
+    pyfunc.add_to_model(
+        description,
+        loader_module="mlflow.pytorch",
+        data="data",
+        python_env="python_env.yaml",
+        model_config={"device": None},
+    )
+    description.save(folder / "MLmodel")
+
+
+def _link_to_run(client: MlflowClient, model: LoggedModel, mlflow_run_id: str, manifest: BundleManifest) -> None:
+    """The run names the model as its output; the model carries the card's metrics."""
+    outputs = client.get_run(mlflow_run_id).outputs
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+        client.log_outputs(mlflow_run_id, [LoggedModelOutput(model.model_id, step=0)])
+    linked = {metric.key for metric in client.get_logged_model(model.model_id).metrics or []}
+    created_ms = model.creation_timestamp
+    rows = {
+        f"encoder/{kind}{score.metric}": value
+        for score in manifest.card.metrics
+        for kind, value in (("", score.encoder), ("raw_pixels/", score.raw_pixels), ("random_init/", score.random_init))
+        if value is not None
+    }
+    points = [
+        Metric(key, value, created_ms, 0, model_id=model.model_id, run_id=mlflow_run_id)
+        for key, value in rows.items()
+        if key not in linked
+    ]
+    if points:
+        client.log_batch(mlflow_run_id, metrics=points)
+
+
+def _create_version(
+    client: MlflowClient, name: str, model: LoggedModel, mlflow_run_id: str, tags: Mapping[str, str]
+) -> ModelVersion:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    mine = client.create_model_version(
+        name, model.model_uri, run_id=mlflow_run_id, tags=dict(tags), model_id=model.model_id
+    )
+    # The server numbers versions one after the other, so of two that race exactly one finds no lower one.
+    first = _find_version(client, name, tags[DIGEST_TAG])
+    if first is not None and int(first.version) < int(mine.version):
+        client.delete_model_version(name, mine.version)
+        return first
+    return mine
