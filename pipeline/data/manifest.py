@@ -1,0 +1,207 @@
+"""What a folder of shards holds: a header, and one row per sample with a dense id, byte range and checksum.
+
+``manifest.json`` is the header, ``shards.parquet`` has a row per shard, ``samples.parquet`` a row per sample.
+A sample's id is its row number. Shards belong to one split, and a split's rows are contiguous. 100 million
+samples take 2.0 GB in memory (20 bytes each); the names of samples stay in the file until someone asks.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.storage import StorageError
+
+HEADER = "manifest.json"
+_SHARDS = "shards.parquet"
+_SAMPLES = "samples.parquet"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The rows of one split, ordered by id: columns of equal length N.
+
+    A sample's image is bytes [offset, offset + length) of its shard; ``crc32`` is zlib's over those bytes.
+    """
+
+    id: NDArray[np.int64]  # dense over the whole manifest
+    shard: NDArray[np.int32]  # row in Manifest.shards
+    offset: NDArray[np.int64]
+    length: NDArray[np.int32]
+    crc32: NDArray[np.uint32]
+    label: NDArray[np.int32]  # -1 = none
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.offset)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One row per shard, in the order of the sample ids."""
+
+    name: tuple[str, ...]  # relative to the manifest's folder
+    split: tuple[str, ...]
+    size: NDArray[np.int64]  # bytes
+    count: NDArray[np.int64]  # samples
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated manifest; ``digest`` identifies the data, wherever the shards lie."""
+
+    url: str
+    class_names: tuple[str, ...]
+    shards: Shards
+    samples: Samples
+    digest: str  # sha256 over shards, samples, labels and class names
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits, in the order of their ids."""
+        return tuple(dict.fromkeys(self.shards.split))
+
+    def split(self, name: str) -> Samples:
+        """The samples of one split. ValueError names the splits that exist."""
+        if name not in self.splits:
+            raise ValueError(f"{self.url} has no split {name!r}; its splits are {', '.join(self.splits)}")
+        start = int(self.shards.count[: self.shards.split.index(name)].sum())
+        end = start + int(sum(n for n, s in zip(self.shards.count, self.shards.split, strict=True) if s == name))
+        return Samples(*(getattr(self.samples, column)[start:end] for column in Samples.__dataclass_fields__))
+
+    def shard_url(self, shard: int) -> str:
+        """Where a shard lies."""
+        return storage.join(self.url, self.shards.name[shard])
+
+    def keys(self) -> list[str]:
+        """Every sample's name in the shards (WebDataset's ``__key__``), by id; read from storage at each call."""
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.url, _SAMPLES))), columns=["key"])
+        keys: list[str] = table["key"].to_pylist()
+        return keys
+
+    def verify_present(self) -> None:
+        """StorageError unless every shard is there in full size; one listing, no shard is read."""
+        sizes = storage.list_sizes(self.url)
+        wrong = []
+        for name, size in zip(self.shards.name, self.shards.size.tolist(), strict=True):
+            if name not in sizes:
+                wrong.append(f"{name} is missing")
+            elif sizes[name] != size:
+                wrong.append(f"{name} has {sizes[name]} bytes, not {size}")
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise StorageError(
+                f"{self.url}: {'; '.join(wrong[:5])}{more}; write the shards again, copy the whole folder, or "
+                "make a manifest of what is there with `python -m jobs.index`"
+            )
+
+    @classmethod
+    def load(cls, shards_url: str) -> "Manifest":
+        """Read and check the manifest of a folder. StorageError where there is none or it is damaged."""
+        url = storage.resolve(shards_url)
+        header_url = storage.join(url, HEADER)
+        try:
+            header = json.loads(storage.read_bytes(header_url))
+        except storage.MissingError as error:
+            raise storage.MissingError(
+                f"{url} holds no {HEADER}; write shards with `python -m jobs.write_shards`, or make a manifest "
+                "for tars that other tools wrote with `python -m jobs.index`"
+            ) from error
+        except ValueError as error:
+            raise StorageError(f"{header_url} is not JSON: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise StorageError(f"{header_url} has format {header.get('format')!r}; this version reads {_FORMAT}")
+        manifest = build_manifest(
+            url, tuple(header["class_names"]), _read_columns(url, _SHARDS), _read_columns(url, _SAMPLES, drop="key")
+        )
+        if manifest.digest != header["digest"]:
+            raise StorageError(
+                f"{url}: the manifest's rows have the digest {manifest.digest[:12]}, its header says "
+                f"{header['digest'][:12]}; copy the folder again, or make the manifest anew with `python -m jobs.index`"
+            )
+        return manifest
+
+
+def build_manifest(
+    url: str, class_names: tuple[str, ...], shards: Mapping[str, Any], samples: Mapping[str, Any]
+) -> Manifest:
+    """A manifest from columns; ``shards``: name, split, size, count; ``samples``: as ``Samples`` without id."""
+    table = Shards(
+        name=tuple(shards["name"]),
+        split=tuple(shards["split"]),
+        size=np.asarray(shards["size"], np.int64),
+        count=np.asarray(shards["count"], np.int64),
+    )
+    rows = Samples(
+        id=np.arange(len(samples["offset"]), dtype=np.int64),
+        shard=np.repeat(np.arange(len(table.name), dtype=np.int32), table.count),
+        offset=np.asarray(samples["offset"], np.int64),
+        length=np.asarray(samples["length"], np.int32),
+        crc32=np.asarray(samples["crc32"], np.uint32),
+        label=np.asarray(samples["label"], np.int32),
+    )
+    if len(rows.shard) != len(rows.offset):
+        raise StorageError(f"{url}: the shards hold {len(rows.shard)} samples, the manifest {len(rows.offset)}")
+    changes = sum(a != b for a, b in zip(table.split, table.split[1:], strict=False))
+    if changes and changes + 1 != len(set(table.split)):
+        raise StorageError(f"{url}: the shards of a split are not contiguous in the manifest")
+    return Manifest(url, class_names, table, rows, _digest(class_names, table, rows))
+
+
+def save_manifest(manifest: Manifest, keys: list[str]) -> None:
+    """Write a manifest beside its shards; the header comes last, so a half-written manifest is none."""
+    shards = pa.table(
+        {
+            "name": list(manifest.shards.name),
+            "split": pa.array(manifest.shards.split, pa.string()).dictionary_encode(),
+            "size": manifest.shards.size,
+            "count": manifest.shards.count,
+        }
+    )
+    rows = manifest.samples
+    samples = pa.table(
+        {"key": keys, "offset": rows.offset, "length": rows.length, "crc32": rows.crc32, "label": rows.label}
+    )
+    for name, table in ((_SHARDS, shards), (_SAMPLES, samples)):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        storage.write_bytes(storage.join(manifest.url, name), buffer.getvalue())
+    header = {
+        "format": _FORMAT,
+        "digest": manifest.digest,
+        "splits": {name: manifest.split(name).num_samples for name in manifest.splits},
+        "class_names": list(manifest.class_names),
+    }
+    storage.write_bytes(storage.join(manifest.url, HEADER), json.dumps(header, indent=1).encode())
+
+
+def _read_columns(url: str, name: str, drop: str = "") -> dict[str, Any]:
+    file_url = storage.join(url, name)
+    try:
+        source = pq.ParquetFile(io.BytesIO(storage.read_bytes(file_url)))
+        table = source.read(columns=[column for column in source.schema_arrow.names if column != drop])
+    except pa.ArrowException as error:
+        raise StorageError(f"{file_url} is not the Parquet file that was written: {error}") from error
+    numeric = {"size", "count", "offset", "length", "crc32", "label"}
+    return {
+        column: table[column].to_numpy() if column in numeric else table[column].to_pylist()
+        for column in table.column_names
+    }
+
+
+def _digest(class_names: tuple[str, ...], shards: Shards, rows: Samples) -> str:
+    names = json.dumps([class_names, shards.name, shards.split])
+    digest = hashlib.sha256(names.encode())
+    for column in (shards.size, shards.count, rows.offset, rows.length, rows.crc32, rows.label):
+        digest.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data)
+    return digest.hexdigest()

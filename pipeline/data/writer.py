@@ -1,0 +1,149 @@
+"""Write images as WebDataset shards (ustar tars) with a manifest.
+
+A sample is ``<key>.<ext>`` and, with a label, ``<key>.cls`` beside it, so webdataset and img2dataset read the
+shards too. Headers carry no time and no owner: the same samples give the same bytes, hence the same digest.
+"""
+
+import io
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.data.manifest import Manifest, build_manifest, save_manifest
+
+MAX_SHARD_BYTES = 64 * 2**20  # a block of a lane is a few MiB: a shard is worth several, and quick to upload
+MAX_SHARD_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image."""
+
+    key: str  # unique in its split, no dots and no leading slash (WebDataset's ``__key__``)
+    image: bytes  # JPEG, PNG, WebP ... as it is
+    extension: str  # "jpg", "png" ...
+    split: str  # "train", "validation" ...
+    label: int = -1  # index into the class names; -1 = none
+
+
+@dataclass
+class ShardRows:
+    """What the manifest will say about one shard."""
+
+    name: str
+    split: str
+    size: int = 0
+    columns: dict[str, list[Any]] = field(
+        default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
+    )
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    url: str,
+    *,
+    class_names: tuple[str, ...] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_samples: int = MAX_SHARD_SAMPLES,
+) -> Manifest:
+    """Write ``samples`` in their order, each split to shards of its own, then the manifest.
+
+    Samples should come shuffled: what is neighbour in a shard is often neighbour in a batch. The manifest is
+    written last, so a folder with one is complete. ValueError on a key with a dot, an empty image or a label
+    without a class name; StorageError where ``url`` cannot be written.
+    """
+    url = storage.resolve(url)
+    open_shards: dict[str, _OpenShard] = {}
+    closed: dict[str, list[ShardRows]] = {}
+    with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder:
+        for sample in samples:
+            check_sample(sample, class_names)
+            done = closed.setdefault(sample.split, [])
+            shard = open_shards.get(sample.split)
+            if shard and shard.is_full(len(sample.image), max_shard_bytes, max_shard_samples):
+                done.append(shard.close(url))
+                shard = None
+            if shard is None:
+                name = f"{sample.split}-{len(done):06d}.tar"
+                shard = open_shards[sample.split] = _OpenShard(name, sample.split, Path(folder))
+            shard.add(sample)
+        for split, shard in open_shards.items():
+            closed[split].append(shard.close(url))
+    if not closed:
+        raise ValueError(f"no samples to write to {url}; the source is empty")
+    return commit_manifest(url, class_names, [rows for done in closed.values() for rows in done])
+
+
+def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
+    """Build and save the manifest of shards that lie at ``url`` already, those of a split side by side."""
+    columns = {name: [v for shard in shards for v in shard.columns[name]] for name in shards[0].columns}
+    keys = columns.pop("key")
+    table = {
+        "name": [shard.name for shard in shards],
+        "split": [shard.split for shard in shards],
+        "size": [shard.size for shard in shards],
+        "count": [len(shard.columns["key"]) for shard in shards],
+    }
+    manifest = build_manifest(url, class_names, table, columns)
+    save_manifest(manifest, keys)
+    return manifest
+
+
+def check_sample(sample: Sample, class_names: tuple[str, ...]) -> None:
+    """ValueError on what no reader could make sense of later."""
+    if not sample.key or "." in sample.key or sample.key.startswith("/"):
+        raise ValueError(
+            f"the key {sample.key!r} is empty, has a dot or starts with a slash; WebDataset splits names at the "
+            "first dot, so a key is a relative name such as 'n01440764/0000123'"
+        )
+    if not sample.image:
+        raise ValueError(f"the image of {sample.key!r} is empty (0 bytes)")
+    if not -1 <= sample.label < max(len(class_names), 1) and class_names:
+        raise ValueError(
+            f"{sample.key!r} has the label {sample.label}; with {len(class_names)} class names labels go from 0 to "
+            f"{len(class_names) - 1}, and -1 means none"
+        )
+
+
+class _OpenShard:
+    """A tar in the making, in a local folder."""
+
+    def __init__(self, name: str, split: str, folder: Path) -> None:
+        self._rows = ShardRows(name, split)
+        self._path = folder / name
+        self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  closed in close()
+
+    def is_full(self, next_bytes: int, max_bytes: int, max_samples: int) -> bool:
+        return len(self._rows.columns["key"]) >= max_samples or self._tar.offset + next_bytes > max_bytes
+
+    def add(self, sample: Sample) -> None:
+        if sample.label >= 0:  # before the image: a reader that stops at the image has the label already
+            self._member(f"{sample.key}.cls", str(sample.label).encode())
+        offset = self._member(f"{sample.key}.{sample.extension}", sample.image)
+        for name, value in (
+            ("key", sample.key),
+            ("offset", offset),
+            ("length", len(sample.image)),
+            ("crc32", zlib.crc32(sample.image)),
+            ("label", sample.label),
+        ):
+            self._rows.columns[name].append(value)
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        self._tar.addfile(info, io.BytesIO(data))
+        return self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+    def close(self, url: str) -> ShardRows:
+        self._tar.close()
+        self._rows.size = self._path.stat().st_size
+        storage.upload(self._path, storage.join(url, self._rows.name))
+        self._path.unlink()
+        return self._rows
