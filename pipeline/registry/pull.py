@@ -44,7 +44,7 @@ def resolve(model_uri: str, tracking_uri: str) -> Resolved:
             f"{model_uri!r} does not name a registered model; e.g. models:/parallax-encoder@champion "
             "or models:/parallax-encoder/3"
         )
-    client = connect(tracking_uri)
+    client = connect(tracking_uri, must_exist=True)
     name, alias, version = match["name"], match["alias"], match["version"]
     with server_errors(tracking_uri):
         try:

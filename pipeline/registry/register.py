@@ -147,15 +147,14 @@ def _link_to_run(client: MlflowClient, model: LoggedModel, mlflow_run_id: str, m
     if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
         client.log_outputs(mlflow_run_id, [LoggedModelOutput(model.model_id, step=0)])
     linked = {metric.key for metric in client.get_logged_model(model.model_id).metrics or []}
-    created_ms = model.creation_timestamp
     rows = {
-        f"encoder/{kind}{score.metric}": value
+        f"model/{score.metric}/{representation}": value
         for score in manifest.card.metrics
-        for kind, value in (("", score.encoder), ("raw_pixels/", score.raw_pixels), ("random_init/", score.random_init))
-        if value is not None
+        for representation in ("encoder", "raw_pixels", "random_init")
+        if (value := getattr(score, representation)) is not None
     }
     points = [
-        Metric(key, value, created_ms, 0, model_id=model.model_id, run_id=mlflow_run_id)
+        Metric(key, value, model.creation_timestamp, 0, model_id=model.model_id, run_id=mlflow_run_id)
         for key, value in rows.items()
         if key not in linked
     ]

@@ -39,8 +39,10 @@ class RegistryError(UserError):
     """The tracking server or the registry cannot do what was asked; the message says what would work."""
 
 
-def connect(tracking_uri: str) -> MlflowClient:
+def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
     """A client of this server, which becomes the process's default. RegistryError on a URI that cannot work.
+
+    A sqlite file that is not there yet is created, unless it ``must_exist`` because somebody wants to read.
 
     The default matters: ``models:/`` URIs and parts of MLflow's own SQL store resolve against it, and without
     one they would create ``./mlflow.db``.
@@ -54,6 +56,10 @@ def connect(tracking_uri: str) -> MlflowClient:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
     if path := _sqlite_path(uri):
+        if must_exist and not path.exists():
+            raise RegistryError(
+                f"tracking URI {tracking_uri}: there is no file {path}; name the one that runs were tracked in"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
