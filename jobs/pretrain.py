@@ -105,7 +105,7 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
         display.show(progress)
         tracker.log(progress.step, progress.logged)
 
-    with connected(config):
+    with connected(config.cluster, {"storage.url": config.storage.url, "data.shards": config.shards_url}):
         try:
             trainer.pretrain(config, manifest, mlflow_run_id=tracker.mlflow_run_id, on_progress=on_progress)
         finally:

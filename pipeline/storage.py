@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
 CONNECT_TIMEOUT_S = 3
 READ_TIMEOUT_S = 10
 S3_ATTEMPTS = 3  # s3fs's own retries, 0.1 and 0.17 s apart; botocore's are off, they would multiply
 SIGNATURE_LIFETIME_S = 3600
 
 
-class StorageError(Exception):
+class StorageError(UserError):
     """A file, an object or an endpoint is not usable; the message names the URL, the cause and what to do."""
 
 

@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
 from pipeline import storage
-from pipeline.config import ClusterConfig, Config
+from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
 
 _RESOURCES_WAIT_S = 60.0  # pods of an autoscaled group come up one by one
@@ -19,12 +19,14 @@ class ClusterError(UserError):
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Ray, joined at ``cluster.address`` or $RAY_ADDRESS, or else started here and ended with the block."""
-    cluster = config.cluster
+def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[None]:
+    """Ray, joined at ``cluster.address`` or $RAY_ADDRESS, or else started here and ended with the block.
+
+    ``durable``: option -> URL that every node must reach and that must outlive the job.
+    """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        _refuse_private_storage(config)
+        _refuse_private_storage(durable)
     # A Ray of our own: "local" never joins a stranger's cluster that happens to run on this machine.
     ray.init(
         address=address or "local",
@@ -32,7 +34,7 @@ def connected(config: Config) -> Iterator[None]:
         include_dashboard=None if address else False,
         runtime_env={"env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **cluster.env}},
         log_to_driver=False,
-        logging_level="warning",
+        logging_level="error",  # at "warning" it tells of its own token set-up,
     )
     try:
         _require_resources(cluster)
@@ -67,9 +69,9 @@ def _require_resources(cluster: ClusterConfig) -> None:
         time.sleep(1)
 
 
-def _refuse_private_storage(config: Config) -> None:
+def _refuse_private_storage(durable: Mapping[str, str]) -> None:
     """Inside a Ray job, a relative folder lies in the job's own working directory, which Ray deletes."""
-    for key, url in {"storage.url": config.storage.url, "data.shards": config.shards_url}.items():
+    for key, url in durable.items():
         if not storage.is_remote(url) and "/runtime_resources/working_dir_files/" in url:
             raise ClusterError(
                 f"{key} is the folder {url}, which Ray deletes with the job; "

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.writer import Sample
+from pipeline.errors import UserError
 
 _TRAIN_PER_CLASS = 400
 _SHUFFLE_SEED = 0  # of the stratified split and the order in the shards
 
 
-class SourceError(Exception):
+class SourceError(UserError):
     """No such image set, or the package that carries it is not installed."""
 
 
