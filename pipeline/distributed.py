@@ -45,6 +45,23 @@ def all_gather(x: Tensor) -> Tensor:
     return gathered
 
 
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum over ranks, without gradient."""
+    total = x.detach().clone()
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+def reduce_scatter_sum(x: Tensor) -> Tensor:
+    """(W*B, ...) -> (B, ...): this rank's rows of the sum over ranks, without gradient."""
+    if not is_distributed():
+        return x.detach()
+    local = x.new_empty(x.shape[0] // world_size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(local, x.detach().contiguous())
+    return local
+
+
 def all_gather_grad(x: Tensor) -> Tensor:
     """(B, ...) -> (W*B, ...) in rank order; the backward sums each row's gradient over the ranks."""
     return _AllGather.apply(x) if is_distributed() else x
@@ -57,11 +74,7 @@ def all_reduce_sum_grad(x: Tensor) -> Tensor:
 
 def all_reduce_mean(x: Tensor) -> Tensor:
     """The mean over ranks, without gradient. Stack several scalars first: one call costs what ten do."""
-    if not is_distributed():
-        return x.detach()
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    return all_reduce_sum(x) / world_size()
 
 
 def broadcast_int(value: int) -> int:
@@ -93,28 +106,21 @@ def data_parallel(module: nn.Module) -> nn.Module:
 class _AllGather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.local_shape = x.shape
         return all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        local = grad.new_empty(ctx.local_shape)
-        dist.reduce_scatter_tensor(local, grad.contiguous())
-        return local
+        return reduce_scatter_sum(grad)
 
 
 class _AllReduceSum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        return all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return all_reduce_sum(grad)
 
 
 # --- BatchNorm over the global batch ---------------------------------------------------------------------------------

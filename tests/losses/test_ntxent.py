@@ -1,0 +1,142 @@
+"""NT-Xent against the paper's equation in float64, against lightly, across ranks, and within its memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightly.loss import NTXentLoss
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.losses import ntxent as module
+from pipeline.losses.ntxent import ntxent
+from tests import gloo
+
+
+def _pairs(n: int, dim: int = 16, dtype: torch.dtype = torch.float64, noise: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Views that resemble each other, of lengths far from 1. The less noise, the nearer the loss is to solved."""
+    generator = torch.Generator().manual_seed(n)
+    common = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    views = [3 * (common + noise * torch.randn(n, dim, generator=generator, dtype=torch.float64)) for _ in range(2)]
+    return views[0].to(dtype), views[1].to(dtype)
+
+
+def _oracle(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Algorithm 1 of the paper, anchor by anchor."""
+    n = len(z1)
+    z = [row / row.norm() for row in torch.cat([z1, z2])]
+    losses = []
+    for i in range(2 * n):
+        logits = torch.stack([z[i] @ z[k] / temperature for k in range(2 * n) if k != i])
+        positive = z[i] @ z[(i + n) % (2 * n)] / temperature
+        losses.append(torch.logsumexp(logits, 0) - positive)
+    return torch.stack(losses).mean()
+
+
+def _loss_and_gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.05, 0.01])
+@pytest.mark.parametrize("tile", [5, 8, 512])
+def test_loss_and_gradients_equal_the_paper_in_float64(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, tile: int
+) -> None:
+    monkeypatch.setattr(module, "CPU_TILE", tile)
+    z1, z2 = (z.requires_grad_() for z in _pairs(8))
+    actual = _loss_and_gradients(ntxent(z1, z2, temperature), z1, z2)
+    expected = _loss_and_gradients(_oracle(z1, z2, temperature), z1, z2)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.01])
+def test_float32_gradients_are_exact_to_1e_6(temperature: float) -> None:
+    z1, z2 = (z.requires_grad_() for z in _pairs(700, 128, torch.float32, noise=2))
+    _, *actual = _loss_and_gradients(ntxent(z1, z2, temperature), z1, z2)
+    w1, w2 = (z.detach().double().requires_grad_() for z in (z1, z2))
+    _, *expected = _loss_and_gradients(ntxent(w1, w2, temperature), w1, w2)
+    for a, e in zip(actual, expected, strict=True):
+        assert float((a - e).norm() / e.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_bf16_embeddings_under_autocast_are_finite_and_close(temperature: float) -> None:
+    z1, z2 = (z.requires_grad_() for z in _pairs(300, 128, torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ntxent(z1, z2, temperature)
+    assert loss.dtype == torch.float32
+    _, *actual = _loss_and_gradients(loss, z1, z2)
+    w1, w2 = (z.detach().double().requires_grad_() for z in (z1, z2))
+    _, *expected = _loss_and_gradients(ntxent(w1, w2, temperature), w1, w2)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.bfloat16  # so the gradient itself is rounded to 2^-9
+        assert float((a.double() - e).norm() / e.norm()) < 2e-3
+
+
+def test_low_precision_tiles_as_accelerators_use_them_are_within_5e_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
+    z1, z2 = (z.requires_grad_() for z in _pairs(512, 128, torch.float32, noise=2))
+    _, *actual = _loss_and_gradients(ntxent(z1, z2, 0.1), z1, z2)
+    monkeypatch.undo()
+    _, *expected = _loss_and_gradients(ntxent(z1, z2, 0.1), z1, z2)
+    for a, e in zip(actual, expected, strict=True):
+        error = float((a - e).norm() / e.norm())
+        assert 1e-6 < error < 5e-4  # bf16 was really used, and is close enough
+
+
+def test_equals_lightly() -> None:
+    """lightly, like us and unlike the TensorFlow release, takes the mean over all 2N anchors."""
+    z1, z2 = (z.requires_grad_() for z in _pairs(32, 16, torch.float32))
+    actual = _loss_and_gradients(ntxent(z1, z2, 0.2), z1, z2)
+    expected = _loss_and_gradients(NTXentLoss(0.2)(z1, z2), z1, z2)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
+
+
+def _on_rank(tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    rank, world = distributed.rank(), distributed.world_size()
+    module.CPU_TILE = tile
+    z1, z2 = (z.chunk(world)[rank].clone().requires_grad_() for z in _pairs(8))
+    loss, g1, g2 = _loss_and_gradients(ntxent(z1, z2, 0.1), z1, z2)
+    return loss, g1 / world, g2 / world  # DistributedDataParallel's mean
+
+
+@pytest.mark.parametrize(("world", "tile"), [(2, 4), (2, 512), (4, 3)])
+def test_ranks_that_share_the_tiles_equal_one_process(world: int, tile: int) -> None:
+    z1, z2 = (z.requires_grad_() for z in _pairs(8))
+    loss, g1, g2 = _loss_and_gradients(_oracle(z1, z2, 0.1), z1, z2)
+    results = gloo.run(world, _on_rank, tile)
+    for rank_loss, _, _ in results:
+        torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([g for _, g, _ in results]), g1, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(torch.cat([g for _, _, g in results]), g2, rtol=1e-10, atol=1e-14)
+
+
+PEAK = """
+import resource, torch
+from pipeline.losses.ntxent import ntxent
+z1, z2 = torch.randn(2, {n}, 128).requires_grad_().unbind()
+ntxent(*torch.randn(2, 64, 128).requires_grad_().unbind(), 0.1).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ntxent(z1, z2, 0.1).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def _peak_mib(n: int) -> float:
+    run = subprocess.run([sys.executable, "-c", PEAK.format(n=n)], capture_output=True, text=True, check=True)
+    return int(run.stdout.split()[-1]) / 1024
+
+
+def test_peak_memory_grows_with_n_and_not_with_its_square() -> None:
+    """The matrix alone would take 64 MiB at N = 2048 and 1024 MiB at 8192."""
+    small, large = _peak_mib(2048), _peak_mib(8192)
+    assert large < 6 * max(small, 4)
+    assert large < 100
+
+
+@pytest.mark.heavy
+def test_32768_pairs_fit_in_1_gib() -> None:
+    assert _peak_mib(32768) < 1024
