@@ -80,11 +80,12 @@ def _fit(
     # A constant feature has a standard deviation of rounding noise, not of 0; it must not be blown up to 1.
     scale = torch.where(std > 1e-5 * mean.abs(), 1 / std, 0.0)
     first, copy_of, root = _equal_columns(features)
-    x = (features[:, first] - mean[first]) * (scale[first] * root)  # (N, U)
-    n, columns = x.shape
-    target = F.one_hot(labels, num_classes).to(x.dtype)
+    # Everything is features or classes first: a softmax over 10 strided rows of N is 20x one over N rows of 10.
+    x = ((features[:, first] - mean[first]) * (scale[first] * root)).T.contiguous()  # (U, N)
+    columns, n = x.shape
+    target = F.one_hot(labels, num_classes).T.to(x.dtype).contiguous()  # (C, N)
 
-    gram = x.T @ x / n
+    gram = x @ x.T / n
     ridge = 1e-6 * float(gram.diagonal().sum())  # keeps Cholesky alive in float32; only slows the steps
     identity = torch.eye(columns, device=x.device)
     weight = x.new_zeros(columns, num_classes)
@@ -95,9 +96,9 @@ def _fit(
         momentum = 1.0
         weight_ahead, bias_ahead = weight, bias
         for _ in range(iterations):
-            residual = ((x @ weight_ahead + bias_ahead).softmax(dim=1) - target) / n
-            weight_grad = x.T @ residual + l2 * weight_ahead
-            bias_grad = residual.sum(dim=0)
+            residual = ((weight_ahead.T @ x + bias_ahead[:, None]).softmax(dim=0) - target) / n  # (C, N)
+            weight_grad = x @ residual.T + l2 * weight_ahead  # (U, C)
+            bias_grad = residual.sum(dim=1)
             weight_step = inverse @ weight_grad
             bias_step = 2 * bias_grad  # x is centred, so the bias is a block of its own, with curvature 1/2
             new_weight, new_bias = weight_ahead - weight_step, bias_ahead - bias_step
