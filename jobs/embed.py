@@ -1,0 +1,95 @@
+"""Embed shards with a registered encoder: Parquet with sample id, embedding, model name and version.
+
+    python -m jobs.embed --model models:/<name>@champion --data <shards url> --out <url> --tracking-uri <uri>
+
+The alias is resolved once, here; every row names the version. Running the same command again embeds what is missing.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline import storage
+from pipeline.archive import load_archive
+from pipeline.config import ClusterConfig
+from pipeline.data.manifest import Manifest
+from pipeline.errors import UserError, explained
+from pipeline.export import check_golden
+from pipeline.registry.pull import pull
+
+
+def main() -> None:
+    """Parse the command line, check everything before Ray starts, embed, say where the files are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="models:/<name>@<alias> or models:/<name>/<version>")
+    parser.add_argument("--data", required=True, help="the folder of shards that holds manifest.json, any fsspec URL")
+    parser.add_argument("--out", required=True, help="the folder for the Parquet files, any fsspec URL")
+    parser.add_argument(
+        "--tracking-uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///.parallax/mlflow.db",
+        help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
+    )
+    parser.add_argument("--split", action="append", help="one of the manifest's splits; repeatable (default: all)")
+    parser.add_argument("--batch-size", type=_positive, default=256, help="images per forward pass (default: 256)")
+    parser.add_argument("--actors", type=_positive, default=2, help="at most so many encoders at once (default: 2)")
+    parser.add_argument("--gpus-per-actor", type=float, default=0, help="e.g. 1, or 0.5 to share one (default: 0)")
+    parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, else a Ray of our own)")
+    arguments = parser.parse_args()
+    with explained():
+        embed(arguments)
+
+
+def embed(arguments: argparse.Namespace) -> None:
+    """Driver: resolve, fetch and verify the encoder, probe the output, run the actors."""
+    out_url = storage.resolve(arguments.out)
+    manifest = Manifest.load(arguments.data)
+    splits = tuple(arguments.split or manifest.splits)
+    if unknown := [split for split in splits if split not in manifest.splits]:
+        raise UserError(f"--split {unknown[0]}: {manifest.url} has the splits {', '.join(manifest.splits)}")
+    manifest.verify_present()
+    storage.probe_writable(out_url)
+    cluster = ClusterConfig(
+        address=arguments.address, num_workers=arguments.actors, gpus_per_worker=arguments.gpus_per_actor
+    )
+
+    with TemporaryDirectory(prefix="parallax-pull-") as folder:
+        pulled = pull(arguments.model, arguments.tracking_uri, Path(folder) / "entry")
+        check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
+
+        from pipeline.cluster.connection import connected  # Ray takes 3 s to import; a mistake should not cost them
+        from pipeline.cluster.embed import Embedded, Encoder, embed_shards
+
+        encoder = Encoder.read(pulled.name, pulled.version, pulled.folder)
+    print(f"{arguments.model} is {encoder.name} version {encoder.version}; its golden embedding is reproduced")
+
+    def show(done: Embedded) -> None:
+        rate = f", {done.images / done.seconds:,.0f} images/s" if done.seconds else ""
+        print(f"  {done.shards} of {done.of_shards} shards, {done.images:,} images{rate}", flush=True)
+
+    with connected(cluster, {"--data": manifest.url, "--out": out_url}):
+        done = embed_shards(
+            encoder,
+            manifest,
+            out_url,
+            splits=splits,
+            batch_size=arguments.batch_size,
+            max_actors=arguments.actors,
+            cpus_per_actor=cluster.cpus_per_worker,
+            gpus_per_actor=cluster.gpus_per_worker,
+            on_progress=show,
+        )
+    print(f"""\
+{done.shards} shards are embedded by {encoder.name} version {encoder.version}
+  files  {out_url}/*.parquet
+  read   pyarrow.parquet.read_table("{out_url}"): sample_id, embedding, model_name, model_version""")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

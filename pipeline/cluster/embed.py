@@ -1,0 +1,189 @@
+"""Embed shards with a registered encoder: Ray Data hands whole shards to a pool of actors, each writes its own Parquet.
+
+What travels through the driver is a row per shard. The encoder's files and the manifest go through the object
+store, one copy per node (NumPy columns are read in place), so workers need neither the registry nor the alias, and all
+of them have the same bytes. A shard's file is written atomically under a name made from the shard's: running again
+embeds what is missing.
+"""
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.archive import load_archive
+from pipeline.data.loader import read_images
+from pipeline.data.manifest import Manifest, build_manifest
+from pipeline.errors import UserError
+from pipeline.export import check_golden, read_preprocessing
+
+HEADER = "_embeddings.json"  # Parquet readers skip names with an underscore
+
+
+class EmbedError(UserError):
+    """The embeddings cannot be written as asked; the message says what would work."""
+
+
+class Encoder(NamedTuple):
+    """A registry entry, ready to travel."""
+
+    name: str
+    version: int
+    files: dict[str, bytes]  # model.pt2, config.json, golden.npz
+
+    @classmethod
+    def read(cls, name: str, version: int, entry: Path) -> "Encoder":
+        """Take what embedding needs from a pulled entry's folder."""
+        paths = [
+            entry / "data" / "model.pt2",
+            *(entry / "extra_files" / file for file in ("config.json", "golden.npz")),
+        ]
+        return cls(name, version, {path.name: path.read_bytes() for path in paths})
+
+
+class Embedded(NamedTuple):
+    """Progress, and at the end the result."""
+
+    shards: int  # complete ones, those of earlier runs included
+    of_shards: int
+    images: int  # embedded by this run
+    seconds: float
+
+
+def embed_shards(
+    encoder: Encoder,
+    manifest: Manifest,
+    out_url: str,
+    *,
+    splits: tuple[str, ...],
+    batch_size: int,
+    max_actors: int,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    on_progress: Callable[[Embedded], None],
+) -> Embedded:
+    """Write ``<out_url>/<shard>.parquet`` for every shard of ``splits``, on the connected Ray.
+
+    Columns: sample_id int64 (the manifest's), embedding float32 (fixed-size list), model_name, model_version int32.
+    Raises EmbedError if ``out_url`` holds the embeddings of another encoder or of other data, and whatever
+    UserError an actor met (a damaged shard, a golden embedding that does not come out).
+    """
+    started = time.monotonic()
+    shards = [i for i, split in enumerate(manifest.shards.split) if split in splits]
+    _claim(out_url, encoder, manifest)
+    present = storage.list_sizes(out_url)
+    missing = [i for i in shards if _file_name(manifest, i) not in present]
+    done = Embedded(len(shards) - len(missing), len(shards), 0, 0.0)
+    on_progress(done)
+    if not missing:
+        return done
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(max_actors, len(missing)))
+    rows = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing)).map_batches(
+        _ShardEmbedder,
+        batch_size=1,
+        compute=pool,
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor,
+        fn_constructor_args=(ray.put(encoder), ray.put(manifest), out_url, batch_size),
+    )
+    try:
+        for row in rows.iter_rows():
+            done = Embedded(
+                done.shards + 1, done.of_shards, done.images + int(row["images"]), time.monotonic() - started
+            )
+            on_progress(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise
+    return done
+
+
+class _ShardEmbedder:
+    """One actor: the encoder, loaded and verified once."""
+
+    def __init__(self, encoder: Any, manifest: Any, out_url: str, batch_size: int) -> None:
+        self._encoder: Encoder = ray.get(encoder)
+        self._manifest: Manifest = ray.get(manifest)
+        self._out_url, self._batch_size = out_url, batch_size
+        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        with TemporaryDirectory(prefix="parallax-embed-") as folder:
+            for name, data in self._encoder.files.items():
+                (Path(folder) / name).write_bytes(data)
+            self._model = load_archive(self._encoder.files["model.pt2"], self._device)
+            check_golden(self._model, Path(folder), self._device)
+            self._preprocessing = read_preprocessing(Path(folder))
+
+    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
+        images = [self._embed(int(shard)) for shard in batch["shard"]]
+        return {"shard": batch["shard"], "images": np.array(images)}
+
+    def _embed(self, shard: int) -> int:
+        first_id, part = _one_shard(self._manifest, shard)
+        ids, embeddings = [], []
+        for batch_ids, images, _ in read_images(part, part.splits[0], self._preprocessing.image_size, self._batch_size):
+            pixels = torch.as_tensor(images).to(self._device, non_blocking=True)
+            with torch.inference_mode():
+                embeddings.append(self._model(self._preprocessing(pixels)).float().cpu().numpy())
+            ids.append(np.asarray(batch_ids) + first_id)
+        table = _table(np.concatenate(ids), np.concatenate(embeddings), self._encoder)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        storage.write_bytes(storage.join(self._out_url, _file_name(self._manifest, shard)), buffer.getvalue())
+        return len(table)
+
+
+def _one_shard(manifest: Manifest, shard: int) -> tuple[int, Manifest]:
+    """A manifest of one shard, whose ids begin at 0, and the id that its first sample has in ``manifest``."""
+    first_id = int(manifest.shards.count[:shard].sum())
+    rows = slice(first_id, first_id + int(manifest.shards.count[shard]))
+    shards = {column: [getattr(manifest.shards, column)[shard]] for column in ("name", "split", "size", "count")}
+    samples = {column: getattr(manifest.samples, column)[rows] for column in ("offset", "length", "crc32", "label")}
+    return first_id, build_manifest(manifest.url, manifest.class_names, shards, samples)
+
+
+def _table(ids: NDArray[np.int64], embeddings: NDArray[np.float32], encoder: Encoder) -> pa.Table:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel(), pa.float32()), embeddings.shape[1])
+    return pa.table(
+        {
+            "sample_id": pa.array(ids, pa.int64()),
+            "embedding": vectors,
+            "model_name": pa.array([encoder.name] * len(ids)).dictionary_encode(),
+            "model_version": pa.array(np.full(len(ids), encoder.version), pa.int32()),
+        }
+    )
+
+
+def _file_name(manifest: Manifest, shard: int) -> str:
+    return manifest.shards.name[shard].removesuffix(".tar") + ".parquet"
+
+
+def _claim(out_url: str, encoder: Encoder, manifest: Manifest) -> None:
+    """Say in the folder what its embeddings are of; EmbedError if they are of something else."""
+    mine = {"model_name": encoder.name, "model_version": encoder.version, "data_digest": manifest.digest}
+    url = storage.join(out_url, HEADER)
+    if not storage.exists(url):
+        storage.write_bytes(url, json.dumps({**mine, "data_url": manifest.url}, indent=1).encode())
+        return
+    found = json.loads(storage.read_bytes(url))
+    for key, value in mine.items():
+        if found.get(key) != value:
+            raise EmbedError(
+                f"--out {out_url} holds embeddings with {key} {found.get(key)}, these would have {value}; "
+                f"name another folder, e.g. {out_url}-{encoder.name}-v{encoder.version}, or delete that one"
+            )
