@@ -2,7 +2,7 @@
 
 Wu et al. 2018 (arXiv:1805.01978), as DINO evaluates (Caron et al. 2021, arXiv:2104.14294): cosine similarity,
 each of the k neighbours votes for its label with weight exp(similarity / T). Similarities exist one tile at a
-time, so a bank of a million rows needs no more working memory than one of sixteen thousand.
+time, so a bank of a million rows needs no more working memory than one of sixty thousand.
 """
 
 import torch
@@ -20,13 +20,14 @@ def knn_predict(
     *,
     k: int,
     num_classes: int,
-    query_block: int = 512,
-    bank_block: int = 16384,
+    query_block: int = 128,
+    bank_block: int = 65536,
 ) -> Tensor:
     """The class with the largest vote for each query, (Q,) int64.
 
     All tensors share a device; rows may be of any real type and are L2-normalised here. The block sizes
-    bound memory (a tile of 512 x 16384 floats is 32 MiB) and don't change the result.
+    bound memory (a tile of 128 x 65536 similarities is 32 MiB, beside bank_block x D floats) and don't change the
+    result; wide and flat tiles spend the least on merging.
     Raises ValueError if k exceeds the bank.
     """
     if not 1 <= k <= len(bank):
@@ -61,7 +62,7 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, query_block: int, bank_block
 def _top_columns(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(B, N) -> the min(k, N) largest of each row and their columns.
 
-    ``topk`` over whole rows takes 2-3 times as long at N = 16384, k = 20. Group j holds the columns j,
+    ``topk`` over whole rows takes 2-3 times as long at N = 50,000, k = 20. Group j holds the columns j,
     j + N/16, j + 2N/16 ...; each of the k largest lies in one of the k groups with the largest maxima, because
     any other group is beaten by k values. Only those are searched.
     """

@@ -47,9 +47,10 @@ def fit_linear_probe(
     iterations: int,
     seed: int,
 ) -> LinearProbe:
-    """Choose l2 by the accuracy on a random ``holdout`` share of the rows, then fit all rows with it.
+    """Choose l2 by the cross-entropy on a random ``holdout`` share of the rows, then fit all rows with it.
 
-    A tie goes to the stronger penalty. Holds one standardised float32 copy of the features in memory.
+    By cross-entropy because accuracy on the 800 held-out rows of 4,000 has a standard error of 1 %, more than
+    neighbouring strengths differ by. Holds one standardised float32 copy of the features in memory.
     Raises ValueError on fewer than 2 rows.
     """
     if len(features) < 2:
@@ -61,8 +62,8 @@ def fit_linear_probe(
         held_out, fitted = order[:held].to(features.device), order[held:].to(features.device)
         path = _fit(features[fitted], labels[fitted], num_classes, strengths, iterations)
         x, y = features[held_out], labels[held_out]
-        correct = [int((probe.predict(x) == y).sum()) for probe in path]
-        strengths = [strengths[correct.index(max(correct))]]
+        nll = [float(F.cross_entropy(probe.logits(x), y)) for probe in path]
+        strengths = [strengths[nll.index(min(nll))]]
     return _fit(features, labels, num_classes, strengths, iterations)[0]
 
 
