@@ -33,7 +33,7 @@ class Samples:
     A sample's image is bytes [offset, offset + length) of its shard; ``crc32`` is zlib's over those bytes.
     """
 
-    id: NDArray[np.int64]  # dense over the whole manifest
+    first_id: int  # ids are dense over the whole manifest
     shard: NDArray[np.int32]  # row in Manifest.shards
     offset: NDArray[np.int64]
     length: NDArray[np.int32]
@@ -44,6 +44,11 @@ class Samples:
     def num_samples(self) -> int:
         """N."""
         return len(self.offset)
+
+    @property
+    def id(self) -> NDArray[np.int64]:
+        """(N,) int64."""
+        return np.arange(self.first_id, self.first_id + self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,15 @@ class Manifest:
             raise ValueError(f"{self.url} has no split {name!r}; its splits are {', '.join(self.splits)}")
         start = int(self.shards.count[: self.shards.split.index(name)].sum())
         end = start + int(sum(n for n, s in zip(self.shards.count, self.shards.split, strict=True) if s == name))
-        return Samples(*(getattr(self.samples, column)[start:end] for column in Samples.__dataclass_fields__))
+        rows = self.samples
+        return Samples(
+            first_id=start,
+            shard=rows.shard[start:end],
+            offset=rows.offset[start:end],
+            length=rows.length[start:end],
+            crc32=rows.crc32[start:end],
+            label=rows.label[start:end],
+        )
 
     def shard_url(self, shard: int) -> str:
         """Where a shard lies."""
@@ -143,7 +156,7 @@ def build_manifest(
         count=np.asarray(shards["count"], np.int64),
     )
     rows = Samples(
-        id=np.arange(len(samples["offset"]), dtype=np.int64),
+        first_id=0,
         shard=np.repeat(np.arange(len(table.name), dtype=np.int32), table.count),
         offset=np.asarray(samples["offset"], np.int64),
         length=np.asarray(samples["length"], np.int32),

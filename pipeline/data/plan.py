@@ -69,12 +69,16 @@ class Plan:
     def lane_batch(self, epoch: int, step: int, lane: int) -> NDArray[np.int64]:
         """The B / C ids that ``lane`` gives to the global batch."""
         block = self.block_of(step, lane)
-        start = step * self.batch_per_lane - self._block_bounds(block, lane)[0]
+        start = self.position_in_block(step, lane)
         return self.block_ids(epoch, lane, block)[start : start + self.batch_per_lane]
 
     def block_of(self, step: int, lane: int) -> int:
         """The block of ``lane`` that holds ``step``. Lanes change blocks at different steps, so reads are even."""
         return (step * self.batch_per_lane + self._phase(lane)) // self.block_length
+
+    def position_in_block(self, step: int, lane: int) -> int:
+        """Where in ``block_ids`` the samples of ``step`` begin."""
+        return step * self.batch_per_lane - self._block_bounds(self.block_of(step, lane), lane)[0]
 
     def block_runs(self, epoch: int, lane: int, block: int) -> list[Run]:
         """What to read for a block, in the order in which it lies in the shards. No run spans two shards."""

@@ -1,6 +1,36 @@
-"""Augmented views of an image, uint8 in and out, by config. (stub of the config; implementation follows)"""
+"""Augmented views of an image, uint8 in and out, by config.
 
-from pydantic import BaseModel, ConfigDict, Field
+The operations, their order and their parameters are torchvision's (the tests hold them to it), computed with
+OpenCV: 15x torchvision's speed on a core, mostly by a separable blur. Every random number comes from one row of
+uniforms per image, so the row's key, (seed, epoch, position), decides every pixel, whoever computes it.
+
+Papers: SimCLR arXiv:2002.05709, BYOL arXiv:2006.07733 (appendix B), MoCo v2 arXiv:2003.04297, SwAV's multi-crop
+arXiv:2006.09882.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+UNIFORMS_PER_VIEW = 36  # a multiple of 4: Philox makes four 64-bit words at a time
+
+# What each uniform of a view decides. Ten tries at a crop, two uniforms each, come first.
+_CROP_TRIES = 10
+_TOP, _LEFT, _FLIP = 20, 21, 22
+_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER = 23, 24, 25, 26, 27, 28
+_GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 29, 30, 31, 32
+
+_ORDERS = tuple(itertools.permutations(range(4)))
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as PIL and torchvision
+_SOLARIZED = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
+
+Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
 
 class View(BaseModel):
@@ -26,3 +56,144 @@ class View(BaseModel):
     blur: float = Field(default=0.5, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        rules = {"crop_scale": (0.0, 1.0), "crop_ratio": (0.0, math.inf), "blur_sigma": (0.0, math.inf)}
+        for name, (lowest, highest) in rules.items():
+            low, high = getattr(self, name)
+            if not lowest < low <= high <= highest:
+                raise ValueError(
+                    f"{name}=({low}, {high}) must be (low, high) with {lowest:g} < low <= high <= {highest:g}; "
+                    f"the default is {View.model_fields[name].default}"
+                )
+        return self
+
+
+class Augmenter:
+    """Draws all views of an image from one row of uniforms."""
+
+    def __init__(self, views: Sequence[View], image_size: int) -> None:
+        self.views = [view for view in views for _ in range(view.count)]
+        self.sizes = [view.size or image_size for view in self.views]
+        self.num_uniforms = UNIFORMS_PER_VIEW * len(self.views)
+        # What a decoder may reduce by: the smallest crop, at its narrowest, still has the largest size.
+        self.decode_size = max(self.sizes)
+        self.min_crop_area = min(v.crop_scale[0] * min(v.crop_ratio[0], 1 / v.crop_ratio[1]) for v in self.views)
+
+    def __call__(self, image: Pixels, uniforms: NDArray[np.float64]) -> list[Pixels]:
+        """``image`` (H, W, 3), ``uniforms`` (num_uniforms,) -> one (S, S, 3) per view; ``image`` stays as it is."""
+        draws = uniforms.reshape(len(self.views), UNIFORMS_PER_VIEW).tolist()  # floats: numpy scalars cost 5x
+        return [augment(image, *each) for each in zip(self.views, self.sizes, draws, strict=True)]
+
+
+def augment(image: Pixels, view: View, size: int, u: Sequence[float]) -> Pixels:
+    """One view (size, size, 3) of ``image`` (H, W, 3); ``u``: UNIFORMS_PER_VIEW uniforms in [0, 1)."""
+    top, left, height, width = crop_box(view, image.shape[0], image.shape[1], u)
+    x = resize(image[top : top + height, left : left + width], size)
+    if u[_FLIP] < view.flip:
+        x = cv2.flip(x, 1)
+    if u[_JITTER] < view.jitter:
+        for operation in _ORDERS[int(u[_ORDER] * len(_ORDERS))]:
+            x = _JITTERS[operation](x, view, u)
+    if u[_GRAYSCALE] < view.grayscale:
+        x = cv2.cvtColor(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    if u[_BLUR] < view.blur:
+        low, high = view.blur_sigma
+        x = blur(x, low + (high - low) * u[_SIGMA])
+    if u[_SOLARIZE] < view.solarize:
+        x = cv2.LUT(x, _SOLARIZED)
+    return x
+
+
+def crop_box(view: View, height: int, width: int, u: Sequence[float]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) by the rule of torchvision's RandomResizedCrop."""
+    low, high = view.crop_scale
+    log_low, log_high = math.log(view.crop_ratio[0]), math.log(view.crop_ratio[1])
+    area = height * width
+    for attempt in range(_CROP_TRIES):
+        target = area * (low + (high - low) * u[2 * attempt])
+        ratio = math.exp(log_low + (log_high - log_low) * u[2 * attempt + 1])
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[_TOP] * (height - h + 1)), int(u[_LEFT] * (width - w + 1)), h, w
+    ratio = min(max(width / height, view.crop_ratio[0]), view.crop_ratio[1])  # as much of the centre as fits
+    w, h = min(width, max(round(height * ratio), 1)), min(height, max(round(width / ratio), 1))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: Pixels, height: int, width: int | None = None) -> Pixels:
+    """Antialiased bilinear to (height, width, 3); square unless ``width`` is given.
+
+    torchvision convolves with a triangle that widens with the reduction s. Here a 3-tap filter supplies the
+    variance, (s^2 - 1) / 6, that plain bilinear interpolation lacks: mean |difference| 0.3 of 255, 2.7x faster than
+    an exact one (300 against 800 us from 480 x 370 to 224).
+    """
+    width = height if width is None else width
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:  # averages of 2 x 2: exact and quick
+        half = (image.shape[1] // 2, image.shape[0] // 2)
+        image = cv2.resize(image[: 2 * half[1], : 2 * half[0]], half, interpolation=cv2.INTER_AREA)
+    if image.shape[:2] == (height, width):
+        return image
+    taps = [
+        max((source / target) ** 2 - 1, 0) / 12 for source, target in zip(image.shape[:2], (height, width), strict=True)
+    ]
+    if max(taps) > 0.03:  # reductions by less than 1.17 need none
+        rows, columns = (np.array([min(a, 0.33), 1 - 2 * min(a, 0.33), min(a, 0.33)], np.float32) for a in taps)
+        image = cv2.sepFilter2D(image, -1, columns, rows, borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def blur(image: Pixels, sigma: float) -> Pixels:
+    """Gaussian blur with SimCLR's kernel, a tenth of the image's side, cut at 3 sigma (what is beyond is < 0.3 %)."""
+    side = max(image.shape[0] // 10 | 1, 3)
+    kernel = gaussian_kernel(min(side, 2 * math.ceil(3 * sigma) + 1), sigma)
+    return cv2.sepFilter2D(image, -1, kernel, kernel)  # border: reflect-101, as torchvision
+
+
+def gaussian_kernel(taps: int, sigma: float) -> NDArray[np.float32]:
+    """(taps,) float32, sums to 1."""
+    return np.asarray(cv2.getGaussianKernel(taps, sigma, cv2.CV_32F), np.float32)
+
+
+def adjust_brightness(image: Pixels, factor: float) -> Pixels:
+    """``factor`` x, clipped."""
+    return _affine(image, factor * np.eye(3, dtype=np.float32), 0.0)
+
+
+def adjust_contrast(image: Pixels, factor: float) -> Pixels:
+    """Away from (or towards) the mean of the gray image."""
+    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+    return _affine(image, factor * np.eye(3, dtype=np.float32), (1 - factor) * mean)
+
+
+def adjust_saturation(image: Pixels, factor: float) -> Pixels:
+    """Away from (or towards) the gray image."""
+    return _affine(image, factor * np.eye(3, dtype=np.float32) + (1 - factor) * _LUMA, 0.0)
+
+
+def adjust_hue(image: Pixels, shift: float) -> Pixels:
+    """Turn the hue by ``shift`` of a full circle."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(round(shift * 255) % 256)  # wraps
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def _affine(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixels:
+    full = np.empty((3, 4), np.float32)
+    full[:, :3] = matrix
+    full[:, 3] = offset - 0.5  # torchvision truncates, OpenCV rounds
+    return cv2.transform(image, full)
+
+
+def _factor(strength: float, u: float) -> float:
+    low = max(0.0, 1.0 - strength)
+    return low + (1.0 + strength - low) * u
+
+
+_JITTERS: tuple[Any, ...] = (
+    lambda x, view, u: adjust_brightness(x, _factor(view.brightness, u[_BRIGHTNESS])) if view.brightness else x,
+    lambda x, view, u: adjust_contrast(x, _factor(view.contrast, u[_CONTRAST])) if view.contrast else x,
+    lambda x, view, u: adjust_saturation(x, _factor(view.saturation, u[_SATURATION])) if view.saturation else x,
+    lambda x, view, u: adjust_hue(x, view.hue * (2 * u[_HUE] - 1)) if view.hue else x,
+)

@@ -1,0 +1,105 @@
+"""Rows of a global batch, from shards to finished views. Runs in a loader worker or in the training process."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.manifest import Manifest
+from pipeline.data.plan import AUGMENT_STREAM, Plan
+from pipeline.data.reader import Block, BlockReader, blocks_ahead, fetch_range
+from pipeline.data.views import Augmenter, Pixels, View
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was put into quarantine: another one of its block took its place."""
+
+    sample_id: int
+    shard: str
+    reason: str
+
+
+class BadSamplesError(Exception):
+    """Too many samples cannot be used; the message lists them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an assembler makes: rows [start, end) of every global batch."""
+
+    split: str
+    views: tuple[View, ...]
+    image_size: int
+    global_batch_size: int
+    seed: int
+    start: int
+    end: int
+
+
+class Assembler:
+    """Makes the rows of one step after the other."""
+
+    def __init__(self, manifest: Manifest, rows: Rows) -> None:
+        self._manifest = manifest
+        self._rows = rows
+        self._samples = manifest.split(rows.split)
+        self._plan = Plan(manifest.shards, rows.split, rows.global_batch_size, rows.seed)
+        self._augmenter = Augmenter(rows.views, rows.image_size)
+        self._reader = BlockReader(manifest, self._samples, self._plan, fetch_range(manifest))
+        per_lane = self._plan.batch_per_lane
+        self._lanes = range(rows.start // per_lane, -(-rows.end // per_lane))
+
+    def fill(
+        self, step: int, end_step: int, views: list[NDArray[np.uint8]], sample_ids: NDArray[np.int64]
+    ) -> list[BadSample]:
+        """Write the rows of global ``step`` into ``views`` (n, 3, S, S) and ``sample_ids`` (n,).
+
+        ``end_step`` bounds the reading ahead. Returns the samples met that cannot be decoded; each is replaced by
+        the next of its block, so the other rows, and every other layout of workers, see the same.
+        """
+        plan, rows = self._plan, self._rows
+        epoch, local = divmod(step, plan.steps_per_epoch)
+        self._reader.want(blocks_ahead(plan, self._lanes, step, end_step))
+        uniforms = self._uniforms(epoch, local * plan.global_batch_size + rows.start, rows.end - rows.start)
+        bad: list[BadSample] = []
+        for row in range(rows.end - rows.start):
+            lane, within = divmod(rows.start + row, plan.batch_per_lane)
+            key = (epoch, lane, plan.block_of(local, lane))
+            ids = plan.block_ids(*key)
+            at = plan.position_in_block(local, lane) + within
+            sample_ids[row], image = self._decode_or_replace(ids, at, self._reader[key], bad)
+            for out, view in zip(views, self._augmenter(image, uniforms[row]), strict=True):
+                write_planes(view, out[row])
+        return bad
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.close()
+
+    def _decode_or_replace(
+        self, ids: NDArray[np.int64], at: int, block: Block, bad: list[BadSample]
+    ) -> tuple[int, Pixels]:
+        for sample_id in np.roll(ids, -at).tolist() if at else ids.tolist():
+            try:
+                image = decode(block[sample_id], self._augmenter.min_crop_area, self._augmenter.decode_size)
+            except UndecodableError as error:
+                shard = self._manifest.shards.name[self._samples.shard[sample_id - self._samples.first_id]]
+                bad.append(BadSample(sample_id, shard, str(error)))
+            else:
+                return sample_id, image
+        raise BadSamplesError(f"not one of {len(ids)} neighbouring samples can be decoded, e.g. {bad[-1]}")
+
+    def _uniforms(self, epoch: int, position: int, count: int) -> NDArray[np.float64]:
+        """(count, num_uniforms) in [0, 1): rows of a table that only (seed, epoch, position) index."""
+        width = self._augmenter.num_uniforms
+        philox = np.random.Philox(key=[self._rows.seed, epoch], counter=[0, 0, 0, AUGMENT_STREAM])
+        words = philox.advance(position * width // 4).random_raw(count * width)
+        return np.asarray((words >> np.uint64(11)).reshape(count, width) * 2.0**-53, np.float64)
+
+
+def write_planes(image: Pixels, out: NDArray[np.uint8]) -> None:
+    """(S, S, 3) -> ``out`` (3, S, S), by OpenCV: 3x numpy's speed."""
+    cv2.split(image, [out[0], out[1], out[2]])

@@ -1,0 +1,300 @@
+"""Batches of one rank, uint8 on the CPU, from worker processes that write into shared memory.
+
+The order is pipeline/data/plan.py's; the number of ranks and workers decides who makes which rows and nothing
+else. Memory per rank: three batches of views, plus MAX_LANES x BLOCK_BYTES / world_size of encoded images.
+"""
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.data.assemble import Assembler, BadSample, BadSamplesError, Rows, write_planes
+from pipeline.data.batch import Batch
+from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.manifest import Manifest
+from pipeline.data.plan import Plan, Run
+from pipeline.data.reader import fetch_range, read_run
+from pipeline.data.shared import Layout, allocate, attach
+from pipeline.data.views import Augmenter, Pixels, View, resize
+from pipeline.data.worker import Done, Job, Order
+
+_SLOTS = 3  # batches in the making or waiting; more would only help where a step's time varies wildly
+_STOP_S = 5
+_READ_BYTES = 8 * 2**20  # per request when reading in id order
+MAX_BAD_SHARE = 0.01
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerError(Exception):
+    """A loader worker died."""
+
+
+class Loader:
+    """The batches of one rank, at any step."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        views: Sequence[View],
+        *,
+        image_size: int,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        max_bad_share: float = MAX_BAD_SHARE,
+    ) -> None:
+        """``num_workers`` processes make this rank's rows; 0 = the calling process. ``max_bad_share``: of the
+        split's samples. ValueError where the batch does not fit the split or the world size.
+        """
+        if global_batch_size % world_size:
+            raise ValueError(f"global_batch_size={global_batch_size} does not divide by world_size={world_size}")
+        self._manifest = manifest
+        self._samples = manifest.split(split)
+        plan = Plan(manifest.shards, split, global_batch_size, seed)
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.remainder = plan.remainder  # samples that an epoch leaves out; which ones, rotates
+        self.quarantine: dict[int, BadSample] = {}  # by sample id: met so far by this rank, each replaced by another
+        per_rank = global_batch_size // world_size
+        self._rows = Rows(
+            split, tuple(views), image_size, global_batch_size, seed, rank * per_rank, (rank + 1) * per_rank
+        )
+        self._sizes = Augmenter(views, image_size).sizes
+        self._num_workers = min(num_workers, per_rank)
+        self._max_bad = max_bad_share * self._samples.num_samples
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        """The batches of global steps [start_step, end_step): views (B / W, 3, S, S) uint8, epoch after epoch.
+
+        Raises BadSamplesError above ``max_bad_share``, StorageError where a shard cannot be read or is damaged,
+        WorkerError where a worker is killed. Closing the iterator ends the workers.
+        """
+        if self._num_workers == 0:
+            return self._batches_here(start_step, end_step)
+        return self._batches_of_workers(start_step, end_step)
+
+    def _batches_here(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        assembler = Assembler(self._manifest, self._rows)
+        n = self._rows.end - self._rows.start
+        try:
+            for step in range(start_step, end_step):
+                views = [np.empty((n, 3, size, size), np.uint8) for size in self._sizes]
+                ids = np.empty(n, np.int64)
+                self._note(assembler.fill(step, end_step, views, ids))
+                yield Batch([torch.from_numpy(view) for view in views], torch.from_numpy(ids))
+        finally:
+            assembler.close()
+
+    def _batches_of_workers(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        with _Workers(self._manifest, self._rows, self._sizes, self._num_workers) as workers:
+            for step in range(start_step, min(start_step + _SLOTS, end_step)):
+                workers.order(step, end_step)
+            for step in range(start_step, end_step):
+                self._note(workers.wait_for(step))
+                batch = workers.copy_of(step)
+                if step + _SLOTS < end_step:
+                    workers.order(step + _SLOTS, end_step)
+                yield batch
+
+    def _note(self, bad: list[BadSample]) -> None:
+        for sample in bad:
+            if sample.sample_id not in self.quarantine:
+                self.quarantine[sample.sample_id] = sample
+                _log.warning("sample %d in %s replaced: %s", sample.sample_id, sample.shard, sample.reason)
+        if len(self.quarantine) > self._max_bad:
+            raise bad_samples_error(list(self.quarantine.values()), self._samples.num_samples)
+
+
+class _Workers:
+    """The worker processes of one pass and the batches they share."""
+
+    def __init__(self, manifest: Manifest, rows: Rows, sizes: list[int], count: int) -> None:
+        n = rows.end - rows.start
+        slot: Layout = [*(((n, 3, size, size), "uint8") for size in sizes), ((n,), "int64")]
+        table = manifest.samples
+        columns: list[NDArray[Any]] = [table.shard, table.offset, table.length, table.crc32, table.label]
+        columns_layout: Layout = [(column.shape, column.dtype.str) for column in columns]
+        self._connections: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._done: dict[int, int] = {}  # step -> workers that have done it
+        self._bad: list[BadSample] = []
+        with ExitStack() as stack:
+            columns_fd, slots_fd = allocate(columns_layout), allocate(slot * _SLOTS)
+            stack.callback(os.close, columns_fd)
+            stack.callback(os.close, slots_fd)
+            for shared, column in zip(attach(columns_fd, columns_layout), columns, strict=True):
+                shared[:] = column
+            arrays = attach(slots_fd, slot * _SLOTS)
+            self._slots = [arrays[at : at + len(slot)] for at in range(0, len(arrays), len(slot))]
+            edges = np.linspace(rows.start, rows.end, count + 1).round().astype(int).tolist()
+            stack.push(lambda kind, *_: self.close() if kind else None)
+            for start, end in itertools.pairwise(edges):
+                mine = Rows(rows.split, rows.views, rows.image_size, rows.global_batch_size, rows.seed, start, end)
+                job = Job(manifest.url, manifest.shards, mine, rows.start, columns_layout, [slot] * _SLOTS)
+                self._start(job, columns_fd, slots_fd)
+
+    def _start(self, job: Job, columns_fd: int, slots_fd: int) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            fds = (theirs.fileno(), columns_fd, slots_fd)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.data.worker", *map(str, fds)],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno() if sys.stderr else None,
+                pass_fds=fds,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # Ray edits sys.path
+                    "OPENCV_LOG_LEVEL": "SILENT",  # bad images are quarantined and reported, not printed
+                },
+            )
+        self._connections.append(ours)
+        self._processes.append(process)
+        ours.send(job)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; they exit by themselves when their connection closes."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def order(self, step: int, end_step: int) -> None:
+        """Have every worker fill its rows of ``step``."""
+        self._done[step] = 0
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            try:
+                connection.send(Order(step, end_step, step % _SLOTS))
+            except OSError as error:
+                raise self._died(process) from error
+
+    def wait_for(self, step: int) -> list[BadSample]:
+        """Wait until ``step`` is filled; the bad samples met since the last call."""
+        while self._done[step] < len(self._processes):
+            ready = set(wait(self._connections))
+            for process, connection in zip(self._processes, self._connections, strict=True):
+                if connection not in ready:
+                    continue
+                try:
+                    message: Done | Exception = connection.recv()
+                except (EOFError, OSError) as error:
+                    raise self._died(process) from error
+                if isinstance(message, Exception):
+                    raise message
+                self._done[message.step] += 1
+                self._bad += message.bad
+        del self._done[step]
+        bad, self._bad = self._bad, []
+        return bad
+
+    def copy_of(self, step: int) -> Batch:
+        """The batch of a filled step, no longer shared."""
+        *views, ids = self._slots[step % _SLOTS]
+        return Batch([torch.from_numpy(view.copy()) for view in views], torch.from_numpy(ids.copy()))
+
+    def _died(self, process: subprocess.Popen[bytes]) -> WorkerError:
+        code = process.wait(_STOP_S)
+        why = "killed, often for want of memory" if code == -9 else "see its output above"
+        return WorkerError(f"loader worker {process.pid} died with exit code {code}: {why}")
+
+
+def read_images(
+    manifest: Manifest, split: str, image_size: int, batch_size: int = 256
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(ids int64 (N,), images uint8 (N, 3, S, S), labels int64 (N,)) in id order, resized and centre-cropped.
+
+    N is ``batch_size`` but for the last. Samples that cannot be decoded are left out, with a warning each;
+    BadSamplesError above MAX_BAD_SHARE of the split.
+    """
+    samples = manifest.split(split)
+    ids: list[int] = []
+    images: list[NDArray[np.uint8]] = []
+    bad: list[BadSample] = []
+
+    def batch() -> tuple[Tensor, Tensor, Tensor]:
+        labels = samples.label[np.asarray(ids) - samples.first_id].astype(np.int64)
+        planes = np.empty((len(images), 3, image_size, image_size), np.uint8)
+        for image, out in zip(images, planes, strict=True):
+            write_planes(image, out)
+        return torch.tensor(ids), torch.from_numpy(planes), torch.from_numpy(labels)
+
+    for sample_id, payload in _read_in_order(manifest, split):
+        try:
+            images.append(centre_crop(decode(payload), image_size))
+        except UndecodableError as error:
+            shard = manifest.shards.name[samples.shard[sample_id - samples.first_id]]
+            bad.append(BadSample(sample_id, shard, str(error)))
+            _log.warning("sample %d in %s left out: %s", sample_id, shard, error)
+            if len(bad) > MAX_BAD_SHARE * samples.num_samples:
+                raise bad_samples_error(bad, samples.num_samples) from error
+            continue
+        ids.append(sample_id)
+        if len(ids) == batch_size:
+            yield batch()
+            ids, images = [], []
+    if ids:
+        yield batch()
+
+
+def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memoryview]]:
+    samples = manifest.split(split)
+    fetch = fetch_range(manifest)
+    first = 0
+    while first < samples.num_samples:
+        same_shard = int(np.searchsorted(samples.shard, samples.shard[first], side="right"))
+        near = samples.offset[first:same_shard] < samples.offset[first] + _READ_BYTES
+        count = int(np.count_nonzero(near))
+        yield from read_run(manifest, samples, fetch, Run(samples.first_id + first, count)).items()
+        first += count
+
+
+def centre_crop(image: Pixels, size: int) -> Pixels:
+    """(size, size, 3): the central square of the image resized so that its shorter side is 8/7 of ``size``.
+
+    8/7 is ImageNet's 256 to 224; images below 64 px keep their borders, as digits and CIFAR need them.
+    """
+    shorter = min(image.shape[:2])
+    target = size if size < 64 else round(size * 8 / 7)
+    height, width = (max(round(side * target / shorter), size) for side in image.shape[:2])
+    resized = resize(image, height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32, (x / 255 - mean) / std per channel, on the images' device."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    return torch.addcmul(shift, images, scale)
+
+
+def bad_samples_error(bad: list[BadSample], num_samples: int) -> BadSamplesError:
+    """The error that lists (at most 20 of) the samples in quarantine."""
+    lines = [f"  {sample.sample_id} in {sample.shard}: {sample.reason}" for sample in bad[:20]]
+    more = [f"  ... and {len(bad) - 20} more"] if len(bad) > 20 else []
+    return BadSamplesError("\n".join([f"{len(bad)} of {num_samples} samples cannot be decoded:", *lines, *more]))
