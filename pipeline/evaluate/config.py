@@ -16,7 +16,7 @@ class EvaluateConfig(BaseModel):
     knn_k: int = Field(default=20, ge=1)  # neighbours that vote; a smaller train split lowers it, with a note
     # Strengths tried for the penalty l2/2 * |W|^2 beside the mean cross-entropy; the one with the
     # lowest cross-entropy on the held-out part of the train split is kept. The validation split chooses nothing.
-    probe_l2: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    probe_l2: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     probe_holdout: float = Field(default=0.2, gt=0, lt=1)  # share of the train split that chooses l2
     probe_iterations: int = Field(default=100, ge=1)  # at most, per strength
 
