@@ -143,9 +143,17 @@ def _lay_out(bundle: Path, folder: Path, model: LoggedModel) -> None:
 
 def _link_to_run(client: MlflowClient, model: LoggedModel, mlflow_run_id: str, manifest: BundleManifest) -> None:
     """The run names the model as its output; the model carries the card's metrics."""
-    outputs = client.get_run(mlflow_run_id).outputs
-    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
-        client.log_outputs(mlflow_run_id, [LoggedModelOutput(model.model_id, step=0)])
+
+    def is_output() -> bool:
+        outputs = client.get_run(mlflow_run_id).outputs
+        return outputs is not None and model.model_id in {output.model_id for output in outputs.model_outputs}
+
+    if not is_output():
+        try:
+            client.log_outputs(mlflow_run_id, [LoggedModelOutput(model.model_id, step=0)])
+        except MlflowException:  # a unique key of the server's database; it has no error code of its own
+            if not is_output():  # else another process was faster
+                raise
     linked = {metric.key for metric in client.get_logged_model(model.model_id).metrics or []}
     rows = {
         f"model/{score.metric}/{representation}": value
