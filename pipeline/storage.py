@@ -32,6 +32,14 @@ class MissingError(StorageError):
     """Nothing lies at this URL."""
 
 
+class DeniedError(StorageError):
+    """The credentials, or the file's permissions, do not allow it."""
+
+
+class ShortError(StorageError):
+    """The content ends before the bytes that were asked for."""
+
+
 def is_remote(url: str) -> bool:
     """Whether ``url`` lies outside the local file system."""
     return "://" in url and not url.startswith("file://")
@@ -76,7 +84,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
                 file.seek(start)
                 data = file.read(end - start)
     if len(data) != end - start:
-        raise StorageError(f"{url} ends before byte {end}: got {len(data)} of the {end - start} bytes from {start}")
+        raise ShortError(f"{url} ends before byte {end}: got {len(data)} of the {end - start} bytes from {start}")
     return data
 
 
@@ -151,10 +159,8 @@ def probe_writable(url: str) -> None:
     delete(probe)
 
 
-def sign(url: str) -> str | None:
-    """An ``http(s)://`` URL that GETs an S3 object for the next hour without credentials; None off S3."""
-    if not url.startswith(("s3://", "s3a://")):
-        return None
+def sign(url: str) -> str:
+    """An ``http(s)://`` URL that GETs an S3 object without credentials, for SIGNATURE_LIFETIME_S."""
     with _explained("sign", url):
         fs, path = _remote(url)
         return str(fs.sign(path, expiration=SIGNATURE_LIFETIME_S))
@@ -226,7 +232,7 @@ def _explained(verb: str, url: str) -> Iterator[None]:
         hint = " (is the bucket's name right, and does it exist?)" if is_remote(url) else ""
         raise MissingError(f"cannot {verb} {url}: there is nothing of that name{hint}") from error
     except PermissionError as error:
-        raise StorageError(f"cannot {verb} {url}: access denied ({error}); {_credentials_hint(url)}") from error
+        raise DeniedError(f"cannot {verb} {url}: access denied ({error}); {_credentials_hint(url)}") from error
     except Exception as error:  # every backend has exceptions of its own: name them all, keep the cause
         raise StorageError(f"cannot {verb} {url}: {type(error).__name__}: {error}; {_credentials_hint(url)}") from error
 

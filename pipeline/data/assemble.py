@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import AUGMENT_STREAM, Plan
-from pipeline.data.reader import Block, BlockReader, blocks_ahead, fetch_range
+from pipeline.data.reader import Block, BlockReader, blocks_ahead
 from pipeline.data.views import Augmenter, Pixels, View
 
 
@@ -48,7 +49,7 @@ class Assembler:
         self._samples = manifest.split(rows.split)
         self._plan = Plan(manifest.shards, rows.split, rows.global_batch_size, rows.seed)
         self._augmenter = Augmenter(rows.views, rows.image_size)
-        self._reader = BlockReader(manifest, self._samples, self._plan, fetch_range(manifest))
+        self._reader = BlockReader(manifest, self._samples, self._plan, open_fetch(manifest))
         per_lane = self._plan.batch_per_lane
         self._lanes = range(rows.start // per_lane, -(-rows.end // per_lane))
 
@@ -82,7 +83,8 @@ class Assembler:
     def _decode_or_replace(
         self, ids: NDArray[np.int64], at: int, block: Block, bad: list[BadSample]
     ) -> tuple[int, Pixels]:
-        for sample_id in np.roll(ids, -at).tolist() if at else ids.tolist():
+        for after in range(len(ids)):
+            sample_id = int(ids[(at + after) % len(ids)])
             try:
                 image = decode(block[sample_id], self._augmenter.min_crop_area, self._augmenter.decode_size)
             except UndecodableError as error:

@@ -23,9 +23,10 @@ from torch import Tensor
 from pipeline.data.assemble import Assembler, BadSample, BadSamplesError, Rows, write_planes
 from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan, Run
-from pipeline.data.reader import fetch_range, read_run
+from pipeline.data.reader import read_run
 from pipeline.data.shared import Layout, allocate, attach
 from pipeline.data.views import Augmenter, Pixels, View, resize
 from pipeline.data.worker import Done, Job, Order
@@ -263,7 +264,7 @@ def read_images(
 
 def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memoryview]]:
     samples = manifest.split(split)
-    fetch = fetch_range(manifest)
+    fetch = open_fetch(manifest)
     first = 0
     while first < samples.num_samples:
         same_shard = int(np.searchsorted(samples.shard, samples.shard[first], side="right"))

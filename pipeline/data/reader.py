@@ -4,17 +4,17 @@ A block is what a lane shuffles (pipeline/data/plan.py): a few MiB in one or a f
 sliced by the manifest's offsets; tar headers are never parsed, so a damaged one cannot lose a sample.
 """
 
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline import storage
+from isal.isal_zlib import crc32  # zlib's crc32 at 10x its speed: 0.02 instead of 0.24 CPU-s/GB
+
+from pipeline.data.fetch import Fetch
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.plan import Plan, Run
 from pipeline.storage import StorageError
 
 BlockKey = tuple[int, int, int]  # epoch, lane, block
-Fetch = Callable[[int, int, int], memoryview]  # (shard, start, end) -> the bytes
 
 _FETCH_THREADS = 2  # they wait for sockets and run crc32, both without the interpreter's lock
 _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way is not there twice
@@ -22,15 +22,6 @@ _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way 
 
 class IntegrityError(StorageError):
     """What lies in a shard is not what was written: its checksum is wrong, time and again."""
-
-
-def fetch_range(manifest: Manifest) -> Fetch:
-    """Reads ranges of the manifest's shards through storage.py."""
-
-    def fetch(shard: int, start: int, end: int) -> memoryview:
-        return memoryview(storage.read_range(manifest.shard_url(shard), start, end))
-
-    return fetch
 
 
 class Block:
@@ -95,12 +86,12 @@ def read_run(manifest: Manifest, samples: Samples, fetch: Fetch, run: Run) -> di
     ):
         payload = data[offset - start : offset - start + length]
         for _ in range(_REFETCHES):
-            if zlib.crc32(payload) != crc:
-                payload = fetch(shard, offset, offset + length)
-        if zlib.crc32(payload) != crc:
+            if crc32(payload) != crc:
+                payload = fetch.again(shard, offset, offset + length)
+        if crc32(payload) != crc:
             raise IntegrityError(
                 f"sample {sample_id} (bytes {offset} to {offset + length} of {manifest.shard_url(shard)}) has the "
-                f"crc32 {zlib.crc32(payload):08x}, the manifest says {crc:08x}, after {_REFETCHES} more reads; the "
+                f"crc32 {crc32(payload):08x}, the manifest says {crc:08x}, after {_REFETCHES} more reads; the "
                 "shard is damaged or another one: restore it; `python -m jobs.write_shards --verify` lists all such"
             )
         payloads[sample_id] = payload

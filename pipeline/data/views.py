@@ -28,6 +28,7 @@ _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 29, 30, 31, 32
 
 _ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as PIL and torchvision
+_IDENTITY = np.eye(3, dtype=np.float32)
 _SOLARIZED = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
 
 Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
@@ -158,18 +159,18 @@ def gaussian_kernel(taps: int, sigma: float) -> NDArray[np.float32]:
 
 def adjust_brightness(image: Pixels, factor: float) -> Pixels:
     """``factor`` x, clipped."""
-    return _affine(image, factor * np.eye(3, dtype=np.float32), 0.0)
+    return _affine(image, factor * _IDENTITY, 0.0)
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
     """Away from (or towards) the mean of the gray image."""
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    return _affine(image, factor * np.eye(3, dtype=np.float32), (1 - factor) * mean)
+    return _affine(image, factor * _IDENTITY, (1 - factor) * mean)
 
 
 def adjust_saturation(image: Pixels, factor: float) -> Pixels:
     """Away from (or towards) the gray image."""
-    return _affine(image, factor * np.eye(3, dtype=np.float32) + (1 - factor) * _LUMA, 0.0)
+    return _affine(image, factor * _IDENTITY + (1 - factor) * _LUMA, 0.0)
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
