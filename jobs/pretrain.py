@@ -17,7 +17,7 @@ from pipeline.storage import probe_writable
 from pipeline.config import Config, load_config
 from pipeline.errors import explained
 from pipeline.preflight import dry_run, prepare_data
-from pipeline.progress import Progress, ProgressDisplay
+from pipeline.progress import ProgressDisplay
 from pipeline.provenance import git_sha
 from pipeline.runs import Registration, Run
 
@@ -101,13 +101,16 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
     )
     display = ProgressDisplay(config.train.global_batch_size)
 
-    def on_progress(progress: Progress) -> None:
-        display.show(progress)
-        tracker.log(progress.step, progress.logged)
+    def on_report(report: trainer.Report) -> None:
+        if isinstance(report, trainer.WorkerFailure):
+            display.note(f"rank {report.rank} failed, the group restarts: {report.reason.splitlines()[0]}")
+        else:
+            display.show(report)
+            tracker.log(report.step, report.logged)
 
     with connected(config.cluster, {"storage.url": config.storage.url, "data.shards": config.shards_url}):
         try:
-            trainer.pretrain(config, manifest, mlflow_run_id=tracker.mlflow_run_id, on_progress=on_progress)
+            trainer.pretrain(config, manifest, mlflow_run_id=tracker.mlflow_run_id, on_report=on_report)
         finally:
             display.close()
         print("evaluating and exporting the encoder", flush=True)

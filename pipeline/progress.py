@@ -56,6 +56,10 @@ class ProgressDisplay:
         self._bar.update(progress.step - self._bar.n)
         self._bar.set_postfix_str(facts)
 
+    def note(self, text: str) -> None:
+        """One line beside the bar."""
+        tqdm.write(text, file=self._stream)
+
     def close(self) -> None:
         """Ends the bar's line."""
         if self._bar is not None:

@@ -11,6 +11,10 @@ from pipeline import storage
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
 
+_WORKER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead rank is noticed; Ray's default is 2
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of a rank that hangs in a collective; 30 without it
+}
 _RESOURCES_WAIT_S = 60.0  # pods of an autoscaled group come up one by one
 
 
@@ -32,9 +36,9 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
         address=address or "local",
         num_cpus=None if address else _cpus_of_our_own(cluster),
         include_dashboard=None if address else False,
-        runtime_env={"env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **cluster.env}},
+        runtime_env={"env_vars": {**_WORKER_ENV, **cluster.env}},
         log_to_driver=False,
-        logging_level="error",  # at "warning" it tells of its own token set-up,
+        logging_level="error",  # at "warning" it tells of its own token set-up
     )
     try:
         _require_resources(cluster)
@@ -61,10 +65,10 @@ def _require_resources(cluster: ClusterConfig) -> None:
             return
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs, the run needs "
-                f"{needed['CPU']:g} and {needed['GPU']:g}: {cluster.num_workers} workers of {cluster.cpus_per_worker:g} "
-                f"CPUs and {cluster.gpus_per_worker:g} GPUs; lower cluster.num_workers, cluster.cpus_per_worker or "
-                "cluster.gpus_per_worker, or add nodes"
+                f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs, but "
+                f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} "
+                f"GPUs need {needed['CPU']:g} and {needed['GPU']:g}; lower cluster.num_workers, "
+                "cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
             )
         time.sleep(1)
 

@@ -7,6 +7,7 @@ Ray Train starts the worker group, its process group, and both again after a fai
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.runs import Run
 from pipeline.stages import evaluate_and_export
@@ -28,13 +30,26 @@ _POLL_S = 0.5
 _COLLECTIVE_TIMEOUT_S = 120  # Ray's default of 1800 s keeps a group waiting half an hour for a dead rank
 
 
-def pretrain(
-    config: Config, manifest: Manifest, *, mlflow_run_id: str, on_progress: Callable[[Progress], None]
-) -> None:
+class TrainingError(UserError):
+    """The worker group failed more often than ``cluster.max_failures`` allows."""
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """Why a rank stopped; the group then starts again from the newest checkpoint."""
+
+    rank: int
+    reason: str
+
+
+Report = Progress | WorkerFailure
+
+
+def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_report: Callable[[Report], None]) -> None:
     """Train on the connected cluster until the last checkpoint is written.
 
-    ``on_progress`` is called in a thread of the driver. Raises ``ray.train.TrainingFailedError`` when
-    ``cluster.max_failures`` restarts were not enough.
+    ``on_report`` is called in a thread of the driver. TrainingError when ``cluster.max_failures`` restarts were not
+    enough; it names what each rank died of.
     """
     inbox = _Inbox.options(  # type: ignore[attr-defined]
         scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -62,8 +77,11 @@ def pretrain(
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
-        with _forwarding(inbox, on_progress):
-            trainer.fit()
+        with _forwarding(inbox, on_report):
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                raise TrainingError(_explain(error, config.cluster.max_failures)) from error
 
 
 def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
@@ -84,13 +102,27 @@ def _train_worker(job: dict[str, Any]) -> None:
     """One rank: the process group is up, the device is chosen; the rest is ``fit``."""
     config, inbox = job["config"], job["inbox"]
     manifest = Manifest.load(job["manifest_url"])
-    fit(
-        config,
-        manifest,
-        Run(config, manifest.digest).checkpoints,
-        device=ray.train.torch.get_device(),
-        report=lambda progress: inbox.put.remote(progress),
-        mlflow_run_id=job["mlflow_run_id"],
+    try:
+        fit(
+            config,
+            manifest,
+            Run(config, manifest.digest).checkpoints,
+            device=ray.train.torch.get_device(),
+            report=lambda progress: inbox.put.remote(progress),
+            mlflow_run_id=job["mlflow_run_id"],
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        ray.get(inbox.put.remote(WorkerFailure(ray.train.get_context().get_world_rank(), reason)))
+        raise
+
+
+def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> str:
+    failures = getattr(error, "worker_failures", {})
+    reasons = "; ".join(f"rank {rank}: {str(reason).strip().splitlines()[-1]}" for rank, reason in failures.items())
+    return (
+        f"training failed, after at most {max_failures} restarts (cluster.max_failures): {reasons or error}; "
+        "mend the cause and submit the same config again: it resumes from the newest checkpoint"
     )
 
 
@@ -102,22 +134,22 @@ def _evaluate_task(config: Config, manifest_url: str, git_sha: str) -> None:
 
 @ray.remote(num_cpus=0)
 class _Inbox:
-    """Progress reports on their way from rank 0 to the driver; a worker never waits for it."""
+    """Reports on their way from the workers to the driver; training never waits for it."""
 
     def __init__(self) -> None:
-        self._reports: list[Progress] = []
+        self._reports: list[Report] = []
 
-    def put(self, report: Progress) -> None:
+    def put(self, report: Report) -> None:
         self._reports.append(report)
 
-    def drain(self) -> list[Progress]:
+    def drain(self) -> list[Report]:
         reports, self._reports = self._reports, []
         return reports
 
 
 @contextmanager
-def _forwarding(inbox: Any, on_progress: Callable[[Progress], None]) -> Iterator[None]:
-    """Calls ``on_progress`` for each report that arrives, until the block ends and the inbox is empty."""
+def _forwarding(inbox: Any, on_report: Callable[[Report], None]) -> Iterator[None]:
+    """Calls ``on_report`` for each report that arrives, until the block ends and the inbox is empty."""
     done = threading.Event()
     failures: list[BaseException] = []
 
@@ -125,7 +157,7 @@ def _forwarding(inbox: Any, on_progress: Callable[[Progress], None]) -> Iterator
         try:
             while not done.wait(_POLL_S):
                 for report in ray.get(inbox.drain.remote()):
-                    on_progress(report)
+                    on_report(report)
         except Exception as error:  # noqa: BLE001 - it is raised again in the driver's thread, below
             failures.append(error)
 
@@ -137,6 +169,6 @@ def _forwarding(inbox: Any, on_progress: Callable[[Progress], None]) -> Iterator
         done.set()
         thread.join()
     for report in ray.get(inbox.drain.remote()):
-        on_progress(report)
+        on_report(report)
     if failures:
         raise failures[0]
