@@ -24,7 +24,8 @@ class OptimConfig(BaseModel):
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     end_lr: float = Field(default=0.0, ge=0)  # where the cosine ends, as a share of the peak
     warmup_epochs: float = Field(default=10, ge=0)
-    weight_decay: float = Field(default=1e-6, ge=0)  # never on biases and norms
+    weight_decay: float = Field(default=1e-6, ge=0)
+    decay_biases: bool = False  # also decay biases and norms, as MoCo v1/v2 and SimSiam do
     momentum: float = Field(default=0.9, ge=0, lt=1)  # lars, sgd
     betas: tuple[float, float] = (0.9, 0.999)  # adamw
     bias_lr: float = Field(default=1.0, gt=0)  # learning rate of biases and norms, as a share (Barlow Twins: 0.024)
@@ -41,7 +42,7 @@ def peak_lr(config: OptimConfig, global_batch_size: int) -> float:
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, peak: float) -> Optimizer:
-    """The optimizer over the parameters of ``module`` that require a gradient; 1-D ones apart, without decay.
+    """The optimizer over the parameters of ``module`` that require a gradient; biases and norms apart.
 
     Args:
         peak: the learning rate after warm-up, ``peak_lr(config, global_batch_size)``; groups in
@@ -62,10 +63,10 @@ def build_optimizer(module: nn.Module, config: OptimConfig, peak: float) -> Opti
             if parameter.requires_grad and (name.split(".")[0] in config.constant_lr) == constant
         ]
         weights = [p for p in parameters if p.ndim > 1]
-        biases = [p for p in parameters if p.ndim <= 1]  # biases and norms: out of decay and of LARS's adaptation
+        biases = [p for p in parameters if p.ndim <= 1]  # and norms: out of LARS's adaptation, by default of decay
         for members, decay, scale, adapt in (
             (weights, config.weight_decay, 1.0, True),
-            (biases, 0.0, config.bias_lr, False),
+            (biases, config.weight_decay if config.decay_biases else 0.0, config.bias_lr, False),
         ):
             if members:
                 groups.append(

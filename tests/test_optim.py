@@ -159,6 +159,9 @@ def test_biases_and_norms_are_out_of_decay(name: str) -> None:
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not p.eq(1).all()}
     assert moved == {"0.weight", "3.weight"}
+    optimizer = build_optimizer(model, config.model_copy(update={"decay_biases": True}), peak=0.5)
+    optimizer.step()
+    assert not [n for n, p in model.named_parameters() if p.eq(1).all()]
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])

@@ -1,9 +1,26 @@
-"""In which precision the contrastive losses multiply embeddings."""
+"""In which precision losses compute: never less than float32, autocast or not, except for products on accelerators."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LARGEST_LOGIT = 60.0  # exp(60) * 1e6 and exp(-60) are normal float32 numbers
+
+
+def full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``loss`` with autocast off and its tensors widened to float32 (float64 stays): sums over a batch need it."""
+
+    @functools.wraps(loss)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            wide = [a.to(torch.promote_types(a.dtype, torch.float32)) if isinstance(a, Tensor) else a for a in args]
+            return loss(*wide, **kwargs)
+
+    return wrapped
 
 
 def compute_dtype(embeddings: Tensor, temperature: float) -> torch.dtype:

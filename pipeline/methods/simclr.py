@@ -33,7 +33,7 @@ class SimCLR(Method):
 
     Config = SimCLRConfig
 
-    def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, config: SimCLRConfig) -> None:
         super().__init__(backbone, config)
         self.temperature = config.temperature
         hidden = config.projection_hidden_dim or backbone.feature_dim

@@ -1,0 +1,81 @@
+"""MoCo v1: a query against its key and a queue of keys from earlier batches (He et al. 2019, arXiv:1911.05722).
+
+As published: SGD, temperature 0.07, a linear head, one direction (view 1 queries, view 2 is the key), the keys of a
+batch enter the queue after its loss. Published order: EMA of the key encoder, then the keys; here the EMA follows the
+optimizer's step before, which is the same, as both encoders start equal.
+
+Deviations: statistics of BatchNorm over the global batch, in both encoders, take the place of shuffled BatchNorm
+(shuffling breaks the link between a query's and its key's GPU, which global statistics don't have; MoCo v3 does the
+same); the learning rate falls with a cosine, as in v2, not in steps.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.data.batch import Batch
+from pipeline.data.views import View
+from pipeline.losses.infonce import info_nce
+from pipeline.losses.precision import full_precision
+from pipeline.methods.base import Method, MethodConfig
+from pipeline.models.backbone import Backbone
+from pipeline.models.momentum import momentum_copy
+from pipeline.negatives.base import Negatives
+from pipeline.negatives.queue import MomentumQueue
+
+normalize = full_precision(F.normalize)
+
+
+class MoCoV1Config(MethodConfig):
+    """The paper's values for ImageNet; jitter with NPID's strengths, always."""
+
+    name: Literal["moco_v1"] = "moco_v1"
+    views: tuple[View, ...] = (
+        View(count=2, crop_scale=(0.2, 1.0), jitter=1, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),
+    )
+    temperature: float = Field(default=0.07, gt=0)
+    projection_dim: int = Field(default=128, ge=1)
+    queue_size: int = Field(default=65536, ge=1)  # keys; at least the global batch
+    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float = Field(default=0.999, ge=0, le=1)
+
+
+class MoCoV1(Method):
+    """query encoder and its momentum copy -> InfoNCE against the queue."""
+
+    Config: ClassVar[type[MethodConfig]] = MoCoV1Config
+
+    def __init__(self, backbone: Backbone, config: MoCoV1Config) -> None:
+        super().__init__(backbone, config)
+        self.temperature = config.temperature
+        self.projection_head = self.build_head(backbone.feature_dim, config.projection_dim)
+        self.momentum_backbone = momentum_copy(backbone)
+        self.momentum_head = momentum_copy(self.projection_head)
+        self.queue: Negatives = MomentumQueue(
+            config.queue_size, config.projection_dim, getattr(torch, config.queue_dtype)
+        )
+
+    def build_head(self, feature_dim: int, projection_dim: int) -> nn.Module:
+        """features (B, feature_dim) -> (B, projection_dim)."""
+        return nn.Linear(feature_dim, projection_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two views (B, 3, H, W): queries and keys."""
+        view_q, view_k = batch.views
+        q = normalize(self.projection_head(self.backbone(view_q)))  # (B, D)
+        with torch.no_grad():
+            k = normalize(self.momentum_head(self.momentum_backbone(view_k)))  # (B, D)
+        loss = info_nce(q, k, self.queue.negatives(), self.temperature)
+        self.queue.enqueue(distributed.all_gather(k))
+        return loss, {}
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum)."""
+        return [(self.backbone, self.momentum_backbone), (self.projection_head, self.momentum_head)]
+
+
+METHOD = MoCoV1

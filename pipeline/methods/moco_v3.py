@@ -1,0 +1,80 @@
+"""MoCo v3: both directions against the keys of the global batch, no queue, a predictor (arXiv:2104.02057).
+
+Loss = 2T * cross-entropy per direction, the SUM of both; keys carry no gradient. The last BatchNorm of the heads has
+neither scale nor shift. For ResNets (the defaults here) the projection head has 2 layers and the predictor ends
+without BatchNorm; for ViT 3 layers, a predictor that ends with one, temperature 0.2 and a frozen patch embedding.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.data.batch import Batch
+from pipeline.data.views import View
+from pipeline.losses.infonce import log_sum_exp_similarity
+from pipeline.losses.precision import full_precision
+from pipeline.methods.base import Method, MethodConfig
+from pipeline.methods.byol import BYOL_VIEWS
+from pipeline.models.backbone import Backbone
+from pipeline.models.heads import mlp
+from pipeline.models.momentum import momentum_copy
+
+
+class MoCoV3Config(MethodConfig):
+    """The release's values for ResNet-50, 100 epochs; 0.996 is the decay for 1000."""
+
+    name: Literal["moco_v3"] = "moco_v3"
+    views: tuple[View, ...] = BYOL_VIEWS
+    temperature: float = Field(default=1.0, gt=0)
+    projection_dim: int = Field(default=256, ge=1)
+    hidden_dim: int = Field(default=4096, ge=1)  # of both heads
+    projection_layers: int = Field(default=2, ge=1)  # ViT: 3
+    predictor_bn: bool = False  # BatchNorm after the predictor's last layer; ViT: true
+    freeze_patch_embed: bool = False  # ViT: true; the paper's remedy for instability
+    ema_decay: float = Field(default=0.99, ge=0, le=1)
+    ema_decay_end: float = Field(default=1.0, ge=0, le=1)
+
+
+@full_precision
+def moco_v3_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """(B, D), (B, D) of any length -> 2T * the mean cross-entropy of each query against all ranks' keys."""
+    query, key = F.normalize(query, dim=1), F.normalize(key.detach(), dim=1)
+    own = (query * key).sum(1) / temperature
+    candidates = log_sum_exp_similarity(query, distributed.all_gather(key), temperature)
+    return 2 * temperature * (candidates - own).mean()
+
+
+class MoCoV3(Method):
+    """online: backbone -> projection -> prediction; keys: momentum copies of the first two."""
+
+    Config = MoCoV3Config
+
+    def __init__(self, backbone: Backbone, config: MoCoV3Config) -> None:
+        super().__init__(backbone, config)
+        self.temperature = config.temperature
+        if config.freeze_patch_embed:
+            backbone.get_submodule("net.patch_embed").requires_grad_(False)
+        width, hidden, out = backbone.feature_dim, config.hidden_dim, config.projection_dim
+        self.projection_head = mlp([width, *[hidden] * (config.projection_layers - 1), out], last_bn="plain")
+        last_bn: Literal["plain", "none"] = "plain" if config.predictor_bn else "none"
+        self.predictor = mlp([out, hidden, out], last_bn=last_bn, last_bias=False)
+        self.momentum_backbone = momentum_copy(backbone)
+        self.momentum_head = momentum_copy(self.projection_head)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two views (B, 3, H, W), each a query and a key."""
+        q1, q2 = (self.predictor(self.projection_head(self.backbone(view))) for view in batch.views)
+        with torch.no_grad():
+            k1, k2 = (self.momentum_head(self.momentum_backbone(view)) for view in batch.views)
+        return moco_v3_loss(q1, k2, self.temperature) + moco_v3_loss(q2, k1, self.temperature), {}
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum)."""
+        return [(self.backbone, self.momentum_backbone), (self.projection_head, self.momentum_head)]
+
+
+METHOD = MoCoV3

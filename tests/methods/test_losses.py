@@ -1,0 +1,154 @@
+"""The losses of the methods: slow float64 oracles written from the papers, and lightly on the same tensors.
+
+Known differences from lightly are part of the tests: BYOL sums two directions of 2 - 2 cos where lightly's examples
+average -cos, a factor of 4 in the gradient.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
+from torch import Tensor
+
+from pipeline.methods.barlow import BarlowTwins, barlow_loss
+from pipeline.methods.byol import byol_loss
+from pipeline.methods.moco_v3 import moco_v3_loss
+from pipeline.methods.simsiam import simsiam_loss
+from pipeline.methods.vicreg import vicreg_loss
+from tests.methods.invariance import batch, small_method
+
+N, D = 12, 6
+
+
+def _embeddings(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    common, *noise = torch.randn(3, N, D, dtype=torch.float64, generator=generator)
+    z1, z2 = (0.7 * common + 0.3 * n for n in noise)
+    return z1.to(dtype).requires_grad_(), z2.to(dtype).requires_grad_()
+
+
+def _same(
+    actual: Callable[[Tensor, Tensor], Tensor],
+    expected: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-12,
+) -> None:
+    """Equal losses and equal gradients to both inputs."""
+    pair = _embeddings(dtype)
+    a, e = actual(*pair), expected(*pair)
+    torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+    gradients = [torch.autograd.grad(loss, pair, allow_unused=True) for loss in (a, e)]
+    for mine, other in zip(*gradients, strict=True):
+        if other is None:
+            assert mine is None
+        else:
+            torch.testing.assert_close(mine, other, rtol=10 * tolerance, atol=tolerance)
+
+
+def _vicreg_oracle(z1: Tensor, z2: Tensor) -> Tensor:
+    """main_vicreg.py of the release, entry by entry."""
+    variance, covariance = z1.new_zeros(()), z1.new_zeros(())
+    for z in (z1, z2):
+        for d in range(D):
+            column = z[:, d] - z[:, d].sum() / N
+            std = ((column**2).sum() / (N - 1) + 1e-4) ** 0.5
+            variance = variance + torch.clamp(1 - std, min=0) / D / 2
+            for other in range(D):
+                if other != d:
+                    covariance = covariance + ((column * (z[:, other] - z[:, other].mean())).sum() / (N - 1)) ** 2 / D
+    invariance = sum(((a - b) ** 2).sum() for a, b in zip(z1, z2, strict=True)) / (N * D)
+    return 25 * invariance + 25 * variance + covariance
+
+
+def test_vicreg_equals_the_release_and_lightly() -> None:
+    _same(lambda a, b: vicreg_loss(a, b, 25.0, 25.0, 1.0), _vicreg_oracle)
+    _same(lambda a, b: vicreg_loss(a, b, 25.0, 25.0, 1.0), VICRegLoss(), torch.float32, 1e-5)
+
+
+def _barlow_oracle(z1: Tensor, z2: Tensor) -> Tensor:
+    z1, z2 = ((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5) ** 0.5 for z in (z1, z2))
+    total = z1.new_zeros(())
+    for i in range(D):
+        for j in range(D):
+            c = (z1[:, i] * z2[:, j]).sum() / N
+            total = total + ((1 - c) ** 2 if i == j else 0.0051 * c**2)
+    return total
+
+
+def test_barlow_equals_the_paper_and_lightly() -> None:
+    def standardised(a: Tensor, b: Tensor) -> Tensor:
+        bn = torch.nn.BatchNorm1d(D, affine=False).to(a.dtype)
+        return barlow_loss(bn(a), bn(b), 0.0051)
+
+    _same(standardised, _barlow_oracle)
+    _same(standardised, BarlowTwinsLoss(lambda_param=0.0051), torch.float32, 1e-5)
+
+
+def test_the_barlow_method_standardises_what_it_correlates() -> None:
+    method = small_method("barlow")
+    assert isinstance(method, BarlowTwins)
+    z = method.standardize(method.projection_head(method.backbone(batch(0, torch.float32).views[0])))
+    torch.testing.assert_close(z.var(0, unbiased=False), torch.ones(z.shape[1]), rtol=1e-2, atol=0)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack([x @ y / (x.norm() * y.norm()) for x, y in zip(a, b, strict=True)])
+
+
+def test_byol_equals_the_paper_and_lightlys_cosine() -> None:
+    _same(byol_loss, lambda p, t: (2 - 2 * _cosine(p, t.detach())).mean())
+    _same(byol_loss, lambda p, t: 2 + 2 * NegativeCosineSimilarity()(p, t.detach()), torch.float32, 1e-5)
+
+
+def test_simsiam_equals_the_paper_and_lightly() -> None:
+    _same(simsiam_loss, lambda p, z: -_cosine(p, z.detach()).mean())
+    _same(simsiam_loss, lambda p, z: NegativeCosineSimilarity()(p, z.detach()), torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_moco_v3_equals_the_papers_pseudocode(temperature: float) -> None:
+    def pseudocode(q: Tensor, k: Tensor) -> Tensor:
+        """Algorithm 1: ctr(q, k)."""
+        q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k.detach()))
+        logits = q @ k.T
+        return torch.nn.functional.cross_entropy(logits / temperature, torch.arange(N)) * 2 * temperature
+
+    _same(lambda q, k: moco_v3_loss(q, k, temperature), pseudocode)
+
+
+def _method_loss(name: str) -> tuple[Tensor, list[Tensor]]:
+    """A method's loss, and the prediction, projection (...) of both views that its parts give."""
+    method = small_method(name).double()
+    views = batch(0, torch.float64).views
+    loss, _ = method(batch(0, torch.float64))
+    parts = small_method(name).double()
+    z1, z2 = (parts.projection_head(parts.backbone(view)) for view in views)
+    p1, p2 = (parts.predictor(z) for z in (z1, z2))
+    if not parts.momentum_pairs():
+        return loss, [p1, p2, z1, z2]
+    return loss, [p1, p2, *(parts.momentum_head(parts.momentum_backbone(view)) for view in views)]
+
+
+def test_byol_and_moco_v3_sum_both_directions_and_simsiam_averages_them() -> None:
+    loss, (p1, p2, t1, t2) = _method_loss("byol")
+    torch.testing.assert_close(loss, (4 - 2 * _cosine(p1, t2) - 2 * _cosine(p2, t1)).mean())
+    loss, (p1, p2, k1, k2) = _method_loss("moco_v3")
+    torch.testing.assert_close(loss, moco_v3_loss(p1, k2, 1.0) + moco_v3_loss(p2, k1, 1.0))
+    loss, (p1, p2, z1, z2) = _method_loss("simsiam")
+    torch.testing.assert_close(loss, -(_cosine(p1, z2) + _cosine(p2, z1)).mean() / 2)
+
+
+def test_moco_compares_with_the_old_queue_and_then_enqueues() -> None:
+    """Enqueuing first would make each positive its own negative, and floor the loss at ln 2."""
+    method = small_method("moco_v1").double()
+    queue = method.queue.negatives().clone()
+    views = batch(0, torch.float64).views
+    loss, _ = method(batch(0, torch.float64))
+    other = small_method("moco_v1").double()
+    q = torch.nn.functional.normalize(other.projection_head(other.backbone(views[0])), dim=1)
+    k = torch.nn.functional.normalize(other.momentum_head(other.momentum_backbone(views[1])), dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.07
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)))
+    torch.testing.assert_close(method.queue.negatives()[: len(k)], k)
+    torch.testing.assert_close(method.queue.negatives()[len(k) :], queue[len(k) :])
