@@ -30,6 +30,7 @@ from typing import Any
 
 MARK = "PARALLAX_STACK"
 BUCKET = "parallax"
+PATIENCE_S = 15.0  # for a process that lives but does not answer; a machine under load takes seconds
 # Every address in 127.0.0.0/8 is this machine; Ray would replace 127.0.0.1 by the address of a network card.
 RAY_IP = "127.0.0.2"
 # The usual port of each service, taken where it is free; 0: any.
@@ -101,7 +102,7 @@ class Stack:
         state = self._load_or_choose_state()
         self._make_socket_folder()
         for part in self._parts(state):
-            if self.pids(part.name) and _within(part.ready, timeout_s=10):
+            if self.pids(part.name) and _within(part.ready, PATIENCE_S):
                 _say(f"{part.name:10s} runs already at {part.url}")
                 continue
             self._end(part.name)  # what is left of a part that answers no more
@@ -123,7 +124,7 @@ class Stack:
         healthy = True
         for part in self._parts(self._load_state()):
             pids = self.pids(part.name)
-            works = bool(pids) and _within(part.ready, timeout_s=5)
+            works = bool(pids) and _within(part.ready, PATIENCE_S)
             healthy &= works
             word = "up" if works else "not answering" if pids else "down"
             print(f"{part.name:10s} {word:14s} {part.url:28s} {len(pids):3d} processes  {self._log(part.name)}")

@@ -30,7 +30,8 @@ TOY = [
 def submit(cluster: RayCluster, submission_id: str, *arguments: str) -> str:
     """Submit jobs.pretrain as the README says and wait; returns the job's status.
 
-    Without ``--no-wait`` the CLI exits with 1 for some jobs that succeeded; the status is what counts.
+    The CLI's exit code says that the job was accepted (without ``--no-wait``: 1 for any failure), so the status and
+    the log are read from the jobs API.
     """
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", submission_id, "--"]
