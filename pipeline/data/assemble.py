@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import AUGMENT_STREAM, Plan
+from pipeline.data.plan import AUGMENT_STREAM, Plan, philox_key
 from pipeline.data.reader import Block, BlockReader, blocks_ahead
 from pipeline.data.views import Augmenter, Pixels, View
 
@@ -97,7 +97,7 @@ class Assembler:
     def _uniforms(self, epoch: int, position: int, count: int) -> NDArray[np.float64]:
         """(count, num_uniforms) in [0, 1): rows of a table that only (seed, epoch, position) index."""
         width = self._augmenter.num_uniforms
-        philox = np.random.Philox(key=[self._rows.seed, epoch], counter=[0, 0, 0, AUGMENT_STREAM])
+        philox = np.random.Philox(key=philox_key(self._rows.seed, epoch), counter=[0, 0, 0, AUGMENT_STREAM])
         words = philox.advance(position * width // 4).random_raw(count * width)
         return np.asarray((words >> np.uint64(11)).reshape(count, width) * 2.0**-53, np.float64)
 

@@ -68,8 +68,10 @@ def _header(data: bytes | memoryview) -> tuple[int, int, str]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width, "pil"
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UndecodableError(f"no image format that is known here: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UndecodableError(f"no image format that is known here: begins with {head[:8]!r}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UndecodableError(f"unreadable header: {error}") from error
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str]:

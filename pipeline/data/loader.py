@@ -33,6 +33,7 @@ from pipeline.data.worker import Done, Job, Order
 
 _SLOTS = 3  # batches in the making or waiting; more would only help where a step's time varies wildly
 _STOP_S = 5
+_WORKER = "from pipeline.data.worker import main; main()"  # as `-m` its classes would be pickled as __main__'s
 _READ_BYTES = 8 * 2**20  # per request when reading in id order
 MAX_BAD_SHARE = 0.01
 
@@ -154,7 +155,7 @@ class _Workers:
         with theirs:
             fds = (theirs.fileno(), columns_fd, slots_fd)
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.data.worker", *map(str, fds)],
+                [sys.executable, "-c", _WORKER, *map(str, fds)],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if sys.stderr else None,
                 pass_fds=fds,

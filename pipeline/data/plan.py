@@ -137,7 +137,12 @@ class Plan:
         return self._first_id + np.concatenate(starts)[order], np.cumsum(np.concatenate(counts)[order])
 
 
+def philox_key(seed: int, epoch: int) -> NDArray[np.uint64]:
+    """(2,): one key per epoch of a run."""
+    return np.array([seed, epoch], np.uint64)  # a list would go through float64 and lose the seed's low bits
+
+
 def _permutation(n: int, seed: int, epoch: int, stream: int, lane: int = 0, block: int = 0) -> NDArray[np.int64]:
     """A permutation of range(n) that depends on nothing else."""
-    words = np.random.Philox(key=[seed, epoch], counter=[0, block, lane, stream]).random_raw(n)
+    words = np.random.Philox(key=philox_key(seed, epoch), counter=[0, block, lane, stream]).random_raw(n)
     return np.argsort(words, kind="stable")

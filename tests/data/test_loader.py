@@ -1,0 +1,183 @@
+"""Batches: bit-identical for every layout of ranks and workers, resumable at once, and nothing left behind."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.data.assemble import BadSamplesError
+from pipeline.data.loader import Loader, WorkerError, centre_crop, normalize, read_images
+from pipeline.data.manifest import Manifest
+from pipeline.data.views import View
+from pipeline.data.writer import Sample, write_shards
+from tests.data.images import jpeg, photo, photos, write_photos
+
+VIEWS = (View(count=2), View(count=3, size=16, crop_scale=(0.05, 0.3), solarize=0.5))
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_photos(str(tmp_path_factory.mktemp("shards")), 110, samples_per_shard=23)
+
+
+def loader(manifest: Manifest, rank: int = 0, world_size: int = 1, num_workers: int = 0, batch: int = BATCH) -> Loader:
+    return Loader(
+        manifest, "train", VIEWS, image_size=24, global_batch_size=batch, seed=7,
+        rank=rank, world_size=world_size, num_workers=num_workers,
+    )  # fmt: skip
+
+
+def global_batches(
+    manifest: Manifest, world_size: int, num_workers: int, start: int, end: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Every rank's rows side by side: the global batch."""
+    ranks = [loader(manifest, r, world_size, num_workers).batches(start, end) for r in range(world_size)]
+    for parts in zip(*ranks, strict=True):
+        ids = torch.cat([part.sample_ids for part in parts])
+        yield ids, [torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)]
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 3), (2, 2), (3, 0), (4, 1), (24, 0)])
+def test_every_layout_gives_the_same_pixels(manifest: Manifest, world_size: int, num_workers: int) -> None:
+    expected = list(global_batches(manifest, 1, 0, 0, 9))
+    assert [view.shape for view in expected[0][1]] == [(24, 3, 24, 24)] * 2 + [(24, 3, 16, 16)] * 3
+    seen = list(global_batches(manifest, world_size, num_workers, 0, 9))
+    assert len(seen) == 9
+    for (ids, views), (expected_ids, expected_views) in zip(seen, expected, strict=True):
+        assert torch.equal(ids, expected_ids)
+        assert all(torch.equal(a, b) for a, b in zip(views, expected_views, strict=True))
+
+
+def test_resuming_at_another_world_size_goes_on_with_the_next_batch(manifest: Manifest) -> None:
+    expected = list(global_batches(manifest, 1, 0, 0, 12))[7:]
+    for (ids, views), (expected_ids, expected_views) in zip(
+        global_batches(manifest, 3, 1, 7, 12), expected, strict=True
+    ):
+        assert torch.equal(ids, expected_ids)
+        assert all(torch.equal(a, b) for a, b in zip(views, expected_views, strict=True))
+
+
+def test_an_epoch_sees_each_sample_once_and_new_augmentations_come_with_each(manifest: Manifest) -> None:
+    one = loader(manifest)
+    assert (one.steps_per_epoch, one.remainder) == (4, 110 % 24)
+    batches = list(one.batches(0, 8))
+    for epoch in (batches[:4], batches[4:]):
+        assert len(torch.cat([batch.sample_ids for batch in epoch]).unique()) == 96
+    first = {int(i): view for b in batches[:4] for i, view in zip(b.sample_ids, b.views[0], strict=True)}
+    second = {int(i): view for b in batches[4:] for i, view in zip(b.sample_ids, b.views[0], strict=True)}
+    assert not any(torch.equal(first[i], second[i]) for i in first.keys() & second.keys())
+    assert not any(torch.equal(a, b) for a, b in zip(batches[0].views[0], batches[0].views[1], strict=True))
+
+
+def test_the_first_batch_comes_as_fast_at_step_10_000(manifest: Manifest) -> None:
+    def seconds(step: int) -> float:
+        best = 1e9
+        for _ in range(5):
+            started = time.perf_counter()
+            next(iter(loader(manifest).batches(step, step + 1)))
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    seconds(0)
+    assert seconds(10_000) < 1.5 * seconds(0)
+
+
+def test_a_killed_worker_is_an_error_that_names_it(manifest: Manifest) -> None:
+    batches = loader(manifest, num_workers=2).batches(0, 10_000)
+    next(batches)
+    victim = worker_pids()[0]
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=rf"{victim} died with exit code -9"):
+        list(batches)
+    assert worker_pids() == []
+
+
+def test_workers_end_with_the_iterator_and_leave_no_descriptor(manifest: Manifest) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        batches = loader(manifest, num_workers=2).batches(0, 10_000)
+        next(batches)
+        assert len(worker_pids()) == 2
+        batches.close()
+        assert worker_pids() == []
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def worker_pids() -> list[int]:
+    """Children of this process that run the worker module."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"pipeline.data.worker" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def with_bad_samples(url: str, bad: dict[int, bytes]) -> Manifest:
+    samples = photos(60)
+    for index, data in bad.items():
+        samples[index] = Sample(samples[index].key, data, "jpg", "train")
+    return write_shards(samples, url, class_names=("even", "odd"), max_shard_samples=20)
+
+
+def test_bad_samples_are_replaced_alike_everywhere_and_recorded(tmp_path: Path) -> None:
+    bad = {3: b"not an image", 31: jpeg(photo(40, 40))[:600]}
+    manifest = with_bad_samples(str(tmp_path), bad)
+
+    def run(num_workers: int) -> tuple[Loader, list[Tensor], list[Tensor]]:
+        one = Loader(
+            manifest, "train", VIEWS, image_size=24, global_batch_size=12, seed=0,
+            num_workers=num_workers, max_bad_share=0.05,
+        )  # fmt: skip
+        batches = list(one.batches(0, one.steps_per_epoch))
+        return one, [b.sample_ids for b in batches], [b.views[0] for b in batches]
+
+    here, ids, views = run(0)
+    there, other_ids, other_views = run(3)
+    assert all(map(torch.equal, ids, other_ids))
+    assert all(map(torch.equal, views, other_views))
+    assert here.quarantine == there.quarantine
+    assert set(here.quarantine) == set(bad)
+    assert here.quarantine[3].shard == "train-000000.tar"
+    assert "truncated" in here.quarantine[31].reason
+    assert not set(bad) & set(torch.cat(ids).tolist())
+
+
+def test_above_the_share_of_bad_samples_the_run_fails_with_the_list(tmp_path: Path) -> None:
+    manifest = with_bad_samples(str(tmp_path), {3: b"not an image", 31: b"nor this"})
+    one = Loader(manifest, "train", VIEWS, image_size=24, global_batch_size=12, seed=0, max_bad_share=0.02)
+    with pytest.raises(BadSamplesError, match=r"2 of 60 samples") as error:
+        list(one.batches(0, 5))
+    assert "3 in train-000000.tar" in str(error.value)
+    assert "31 in train-000001.tar" in str(error.value)
+
+
+def test_read_images_is_in_id_order_with_labels(manifest: Manifest) -> None:
+    parts = list(read_images(manifest, "train", 24, batch_size=32))
+    assert [len(ids) for ids, _, _ in parts] == [32, 32, 32, 14]
+    assert torch.equal(torch.cat([ids for ids, _, _ in parts]), torch.arange(110))
+    assert torch.cat([labels for _, _, labels in parts]).tolist() == [i % 2 for i in range(110)]
+    image = centre_crop(photo(41, 40, seed=1), 24)
+    assert np.abs(parts[0][1][1].permute(1, 2, 0).numpy().astype(int) - image).mean() < 4, "JPEG's loss apart"
+
+
+def test_normalize_is_the_formula() -> None:
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(normalize(images, mean, std), expected.float(), rtol=0, atol=1e-6)
+
+
+def test_a_world_size_that_does_not_divide_is_named(manifest: Manifest) -> None:
+    with pytest.raises(ValueError, match=r"24 does not divide by world_size=5"):
+        loader(manifest, world_size=5)
