@@ -8,6 +8,7 @@ Global BN (statistics over all ranks) uses ``torch.nn.SyncBatchNorm`` on CUDA; t
 ``GlobalBatchNorm`` is one: an all-gather of (mean, variance, count) forward, one all-reduce backward.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -75,6 +76,23 @@ def all_reduce_sum_grad(x: Tensor) -> Tensor:
 def all_reduce_mean(x: Tensor) -> Tensor:
     """The mean over ranks, without gradient. Stack several scalars first: one call costs what ten do."""
     return all_reduce_sum(x) / world_size()
+
+
+def any_rank(flag: Tensor) -> bool:
+    """Whether the boolean scalar ``flag`` is set on some rank; the same answer on all ranks, which wait for it."""
+    raised = flag.float()
+    if is_distributed():
+        dist.all_reduce(raised)
+    return bool(raised.item())
+
+
+def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
+    """Each gradient <- its mean over ranks, in one collective; for a backward outside DistributedDataParallel."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if is_distributed() and gradients:
+        mean = all_reduce_mean(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def broadcast_int(value: int) -> int:

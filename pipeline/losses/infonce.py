@@ -20,7 +20,7 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
         query: (B, D); positive: (B, D), row i belongs to query i, no gradient; negatives: (K, D), the queue.
             A bf16 queue makes the products bf16 on an accelerator and is widened block by block on the CPU.
     """
-    own = (query * positive).sum(1) / temperature  # (B,)
+    own = (query * positive.detach()).sum(1) / temperature  # (B,)
     others = log_sum_exp_similarity(query, negatives, temperature)
     return (torch.logaddexp(own, others) - own).mean()
 

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.data.batch import Batch
 from pipeline.data.views import View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
@@ -50,9 +49,14 @@ class BarlowTwins(Method):
         self.projection_head = mlp([backbone.feature_dim, *[config.projection_dim] * 3], last_bias=False)
         self.standardize = nn.BatchNorm1d(config.projection_dim, affine=False)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W), each encoded by itself, as published."""
-        z1, z2 = (self.standardize(self.projection_head(self.backbone(view))) for view in batch.views)
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(z1, z2), each view encoded by itself, as published."""
+        z1, z2 = (self.projection_head(self.backbone(view)) for view in views)
+        return z1, z2
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-correlation of the standardised embeddings against the identity."""
+        z1, z2 = (self.standardize(z) for z in embeddings)
         return barlow_loss(z1, z2, self.redundancy_weight), {}
 
 

@@ -27,7 +27,7 @@ class MethodConfig(BaseModel):
 
 
 class Method(nn.Module, ABC):
-    """A joint-embedding method around one backbone.
+    """A joint-embedding method around one backbone, in two parts: embed each sample, compare the embeddings.
 
     ``forward`` is called through DistributedDataParallel. The loss that a rank returns must make DDP's
     mean over ranks equal the single-process gradient on the global batch. ``metrics`` are detached scalars
@@ -35,6 +35,7 @@ class Method(nn.Module, ABC):
     """
 
     Config: ClassVar[type[MethodConfig]]
+    observed: tuple[Tensor, Tensor]  # the last step's embeddings of two views (B, D), for the collapse guard
 
     def __init__(self, backbone: Backbone, config: MethodConfig) -> None:
         super().__init__()
@@ -42,8 +43,21 @@ class Method(nn.Module, ABC):
         self.views = config.views  # what the loader makes of each image
 
     @abstractmethod
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """What ``loss`` compares, (B, D) each, sample by sample, from float views (B, 3, H, W), normalised.
+
+        The first two are embeddings of two views of the same samples.
+        """
+
+    @abstractmethod
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(scalar loss, metrics) from what ``embed`` returns for this rank's whole batch."""
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """``batch.views``: float (B, 3, H, W) each, normalised. Returns (scalar loss, metrics)."""
+        """(scalar loss, metrics) of this rank's batch."""
+        embeddings = self.embed(batch.views)
+        self.observed = embeddings[0].detach(), embeddings[1].detach()
+        return self.loss(*embeddings)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) module pairs; ``train.py`` moves each momentum module by the scheduled decay."""

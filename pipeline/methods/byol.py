@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.data.batch import Batch
 from pipeline.data.views import View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
@@ -56,11 +55,16 @@ class BYOL(Method):
         self.momentum_backbone = momentum_copy(backbone)
         self.momentum_head = momentum_copy(self.projection_head)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W), each encoded by itself, as published."""
-        p1, p2 = (self.predictor(self.projection_head(self.backbone(view))) for view in batch.views)
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(p1, p2, t1, t2): predictions and targets, each view encoded by itself, as published."""
+        p1, p2 = (self.predictor(self.projection_head(self.backbone(view))) for view in views)
         with torch.no_grad():
-            t1, t2 = (self.momentum_head(self.momentum_backbone(view)) for view in batch.views)
+            t1, t2 = (self.momentum_head(self.momentum_backbone(view)) for view in views)
+        return p1, p2, t1, t2
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each view's prediction against the other view's target."""
+        p1, p2, t1, t2 = embeddings
         return byol_loss(p1, t2) + byol_loss(p2, t1), {}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:

@@ -9,6 +9,7 @@ Deviations: statistics of BatchNorm over the global batch, in both encoders, tak
 same); the learning rate falls with a cosine, as in v2, not in steps.
 """
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +18,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.data.batch import Batch
 from pipeline.data.views import View
 from pipeline.losses.infonce import info_nce
 from pipeline.losses.precision import full_precision
@@ -63,15 +63,21 @@ class MoCoV1(Method):
         """features (B, feature_dim) -> (B, projection_dim)."""
         return nn.Linear(feature_dim, projection_dim)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W): queries and keys."""
-        view_q, view_k = batch.views
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(q, k), of length 1: queries from the first view, keys from the second."""
+        view_q, view_k = views
         q = normalize(self.projection_head(self.backbone(view_q)))  # (B, D)
         with torch.no_grad():
             k = normalize(self.momentum_head(self.momentum_backbone(view_k)))  # (B, D)
-        loss = info_nce(q, k, self.queue.negatives(), self.temperature)
+        return q, k
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE against the old queue, which then takes the keys of all ranks."""
+        q, k = embeddings
+        negatives = self.queue.negatives()
+        loss = info_nce(q, k, negatives, self.temperature)
         self.queue.enqueue(distributed.all_gather(k))
-        return loss, {}
+        return loss, {"loss_vs_chance": loss.detach() / math.log(len(negatives) + 1)}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum)."""

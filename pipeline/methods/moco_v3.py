@@ -5,6 +5,7 @@ neither scale nor shift. For ResNets (the defaults here) the projection head has
 without BatchNorm; for ViT 3 layers, a predictor that ends with one, temperature 0.2 and a frozen patch embedding.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -13,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.data.batch import Batch
 from pipeline.data.views import View
 from pipeline.losses.infonce import log_sum_exp_similarity
 from pipeline.losses.precision import full_precision
@@ -65,12 +65,19 @@ class MoCoV3(Method):
         self.momentum_backbone = momentum_copy(backbone)
         self.momentum_head = momentum_copy(self.projection_head)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W), each a query and a key."""
-        q1, q2 = (self.predictor(self.projection_head(self.backbone(view))) for view in batch.views)
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(q1, q2, k1, k2): each view gives a query and a key."""
+        q1, q2 = (self.predictor(self.projection_head(self.backbone(view))) for view in views)
         with torch.no_grad():
-            k1, k2 = (self.momentum_head(self.momentum_backbone(view)) for view in batch.views)
-        return moco_v3_loss(q1, k2, self.temperature) + moco_v3_loss(q2, k1, self.temperature), {}
+            k1, k2 = (self.momentum_head(self.momentum_backbone(view)) for view in views)
+        return q1, q2, k1, k2
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both directions, and their share of what guessing among the global batch would cost."""
+        q1, q2, k1, k2 = embeddings
+        loss = moco_v3_loss(q1, k2, self.temperature) + moco_v3_loss(q2, k1, self.temperature)
+        chance = 4 * self.temperature * math.log(len(q1) * distributed.world_size())
+        return loss, {"loss_vs_chance": loss.detach() / chance}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum)."""

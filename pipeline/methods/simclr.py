@@ -3,13 +3,14 @@
 Non-obvious: the head's last BatchNorm has a scale but no shift, and what is evaluated is the backbone, not the head.
 """
 
+import math
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.data.batch import Batch
+from pipeline import distributed
 from pipeline.data.views import View
 from pipeline.losses.ntxent import ntxent
 from pipeline.methods.base import Method, MethodConfig
@@ -25,6 +26,7 @@ class SimCLRConfig(MethodConfig):
     temperature: float = Field(default=0.1, gt=0)
     projection_layers: int = Field(default=2, ge=1)  # 3 in SimCLR v2
     projection_dim: int = Field(default=128, ge=1)
+    projection_bn: bool = True  # False: a head without BatchNorm, for train.micro_batches with a ViT
     projection_hidden_dim: int | None = Field(default=None, ge=1)  # None = the backbone's feature width
 
 
@@ -38,12 +40,19 @@ class SimCLR(Method):
         self.temperature = config.temperature
         hidden = config.projection_hidden_dim or backbone.feature_dim
         widths = [backbone.feature_dim, *[hidden] * (config.projection_layers - 1), config.projection_dim]
-        self.projection_head = mlp(widths, last_bn="scale")
+        self.projection_head = mlp(
+            widths, hidden_bn=config.projection_bn, last_bn="scale" if config.projection_bn else "none"
+        )
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W) each, in one pass so that both share their BatchNorm statistics, as published."""
-        z1, z2 = self.projection_head(self.backbone(torch.cat(batch.views))).chunk(2)
-        return ntxent(z1, z2, self.temperature), {}
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(z1, z2), in one pass so that both views share their BatchNorm statistics, as published."""
+        return self.projection_head(self.backbone(torch.cat(views))).chunk(2)
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """NT-Xent, and its share of what guessing among the 2N - 1 others would cost."""
+        z1, z2 = embeddings
+        loss = ntxent(z1, z2, self.temperature)
+        return loss, {"loss_vs_chance": loss.detach() / math.log(2 * len(z1) * distributed.world_size() - 1)}
 
 
 METHOD = SimCLR

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.data.batch import Batch
 from pipeline.data.views import View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
@@ -47,10 +46,14 @@ class SimSiam(Method):
         self.projection_head = mlp([backbone.feature_dim, *[dim] * config.projection_layers], last_bn="plain")
         self.predictor = mlp([dim, config.predictor_hidden_dim, dim])
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W), each encoded by itself, as published."""
-        z1, z2 = (self.projection_head(self.backbone(view)) for view in batch.views)
-        p1, p2 = self.predictor(z1), self.predictor(z2)
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(z1, z2, p1, p2): projections and predictions, each view encoded by itself, as published."""
+        z1, z2 = (self.projection_head(self.backbone(view)) for view in views)
+        return z1, z2, self.predictor(z1), self.predictor(z2)
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each view's prediction against the other view's projection."""
+        z1, z2, p1, p2 = embeddings
         return (simsiam_loss(p1, z2) + simsiam_loss(p2, z1)) / 2, {}
 
 

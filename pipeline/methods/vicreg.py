@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.batch import Batch
 from pipeline.data.views import View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
@@ -59,9 +58,14 @@ class VICReg(Method):
         self.weights = config.invariance_weight, config.variance_weight, config.covariance_weight
         self.projection_head = mlp([backbone.feature_dim, *[config.projection_dim] * 3], last_bias=False)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views (B, 3, H, W), each encoded by itself, as published."""
-        z1, z2 = (self.projection_head(self.backbone(view)) for view in batch.views)
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(z1, z2), each view encoded by itself, as published."""
+        z1, z2 = (self.projection_head(self.backbone(view)) for view in views)
+        return z1, z2
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the three terms."""
+        z1, z2 = embeddings
         return vicreg_loss(z1, z2, *self.weights), {}
 
 
