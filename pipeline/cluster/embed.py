@@ -8,6 +8,7 @@ embeds what is missing.
 
 import io
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,8 +91,8 @@ def embed_shards(
     if not missing:
         return done
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and timings, line by line; failures are raised
+    ray.data.DataContext.get_current().enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(max_actors, len(missing)))
     rows = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing)).map_batches(
         _ShardEmbedder,

@@ -1,0 +1,209 @@
+"""Embedding real shards on a real Ray, in folders and on S3: the right rows, once, by the encoder that was named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.archive import load_archive
+from pipeline.data.manifest import Manifest
+from pipeline.data.writer import Sample, write_shards
+from pipeline.export import read_preprocessing
+from pipeline.registry.register import register_encoder
+from pipeline.registry.tracking import Tracker
+from tests.conftest import S3
+from tests.encoders import export_tiny, of_another_run, tiny_backbone
+from tests.servers import RayCluster
+
+IMAGES = 70  # 3 shards of 16 and one of 2 to train on, 2 to validate on
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Registry(NamedTuple):
+    uri: str
+    bundle: Path
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """Two versions of ``tiny`` with the same weights: @old and @champion."""
+    folder = tmp_path_factory.mktemp("registry")
+    uri, bundle = f"sqlite:///{folder}/mlflow.db", export_tiny(folder / "encoder")
+    with Tracker(uri, "embed", "run-1") as tracker:
+        for alias, files in (("old", bundle), ("champion", of_another_run(bundle, folder / "2", "run-2"))):
+            register_encoder(
+                files,
+                tracking_uri=uri,
+                mlflow_run_id=tracker.mlflow_run_id,
+                model_name="tiny",
+                alias=alias,
+                tags={},
+            )
+    return Registry(uri, bundle)
+
+
+def pixels() -> NDArray[np.uint8]:
+    """(N, 28, 28, 3) RGB; PNG keeps them exactly, and 28 px need no resizing."""
+    return np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28, 3), dtype=np.uint8)
+
+
+def shards_at(url: str) -> Manifest:
+    def sample(i: int, image: NDArray[np.uint8]) -> Sample:
+        png = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
+        return Sample(f"{i:04d}", png, "png", "train" if i < 50 else "validation")
+
+    return write_shards((sample(i, image) for i, image in enumerate(pixels())), url, max_shard_samples=16)
+
+
+def embed(
+    registry: Registry, *arguments: str, model: str = "models:/tiny@champion"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.embed", "--model", model, "--tracking-uri", registry.uri, *arguments]
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def expected(registry: Registry) -> NDArray[np.float32]:
+    images = torch.from_numpy(pixels()).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        return tiny_backbone()(read_preprocessing(registry.bundle)(images)).numpy()
+
+
+def rows(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], set[tuple[str, int]]]:
+    table = pq.read_table(folder).sort_by("sample_id")
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 64)
+    models = set(zip(table["model_name"].to_pylist(), table["model_version"].to_pylist(), strict=True))
+    return table["sample_id"].to_numpy(), np.array(table["embedding"].to_pylist(), np.float32), models
+
+
+@pytest.mark.integration
+def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(registry: Registry, tmp_path: Path) -> None:
+    manifest = shards_at(str(tmp_path / "shards"))
+    out = tmp_path / "out"
+    first = embed(registry, "--data", manifest.url, "--out", str(out))
+    assert first.returncode == 0, first.stderr
+    # Ray Data warns of its own actor pool (ray#53727) from C++; nothing else is said on stderr.
+    assert [line for line in first.stderr.splitlines() if "core_worker.cc" not in line] == []
+    assert "tiny version 2" in first.stdout
+    ids, embeddings, models = rows(out)
+    assert ids.tolist() == list(range(IMAGES))
+    np.testing.assert_allclose(embeddings, expected(registry), rtol=1e-3, atol=1e-4)
+    assert models == {("tiny", 2)}
+    names = sorted(path.name for path in out.glob("*.parquet"))
+    assert names == sorted(name.replace(".tar", ".parquet") for name in manifest.shards.name)
+
+    kept, lost = out / names[0], out / names[-1]
+    content, written = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    again = embed(registry, "--data", manifest.url, "--out", str(out))
+    assert again.returncode == 0, again.stderr
+    assert f"{len(names) - 1} of {len(names)} shards" in again.stdout
+    assert lost.read_bytes() == content
+    assert kept.stat().st_mtime_ns == written
+
+
+@pytest.mark.integration
+def test_from_s3_to_s3_on_a_running_cluster_one_split(
+    registry: Registry, s3: S3, ray_cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = shards_at(f"{s3.url}/shards")
+    for key, value in ray_cluster.env.items():
+        monkeypatch.setenv(key, value)
+    done = embed(registry, "--data", manifest.url, "--out", f"{s3.url}/out", "--split", "validation")
+    assert done.returncode == 0, done.stderr
+    for name in storage.list_sizes(f"{s3.url}/out"):
+        storage.download(f"{s3.url}/out/{name}", tmp_path / name)
+    ids, embeddings, _ = rows(tmp_path)
+    assert ids.tolist() == list(range(50, IMAGES))
+    np.testing.assert_allclose(embeddings, expected(registry)[50:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.integration
+def test_a_damaged_shard_is_one_clear_error(registry: Registry, tmp_path: Path) -> None:
+    manifest = shards_at(str(tmp_path / "shards"))
+    shard = tmp_path / "shards" / manifest.shards.name[0]
+    data = bytearray(shard.read_bytes())
+    offset, length = manifest.samples.offset[0], manifest.samples.length[0]
+    data[offset : offset + length] = bytes(length)
+    shard.write_bytes(data)
+    done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert shard.name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / shard.name.replace(".tar", ".parquet")).exists()
+
+
+def test_a_folder_with_the_embeddings_of_another_version_is_refused(registry: Registry, tmp_path: Path) -> None:
+    manifest = shards_at(str(tmp_path / "shards"))
+    out = tmp_path / "out"
+    out.mkdir()
+    header = {"model_name": "tiny", "model_version": 1, "data_digest": manifest.digest}
+    (out / "_embeddings.json").write_text(json.dumps(header))
+    done = embed(registry, "--data", manifest.url, "--out", str(out))
+    assert done.returncode == 2
+    assert "model_version 1, these would have 2" in done.stderr
+    assert f"{out}-tiny-v2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "models:/tiny@best"}, "aliases of tiny: @champion (version 2), @old (version 1)"),
+        ({"--split": "test"}, "has the splits train, validation"),
+        ({"--data": "nowhere"}, "nowhere holds no manifest.json"),
+        ({"--actors": "0"}, "'0' is not a whole number from 1 on"),
+    ],
+)
+def test_what_is_wrong_is_said_before_ray_starts(
+    registry: Registry, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    manifest = shards_at(str(tmp_path / "shards"))
+    options = {"--data": manifest.url, "--out": str(tmp_path / "out"), **change}
+    model = options.pop("model", "models:/tiny@champion")
+    done = embed(registry, *(text for option in options.items() for text in option), model=model)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ray" not in done.stderr.lower().replace(str(tmp_path), "")
+
+
+def test_an_encoder_that_was_swapped_in_the_store_is_refused(registry: Registry, tmp_path: Path) -> None:
+    """Files that fit each other, but not the golden embedding: card.json's checksums are forged to match."""
+    forged = of_another_run(registry.bundle, tmp_path / "forged", "run-3")
+    other = export_tiny(tmp_path / "other", tiny_backbone(seed=1))
+    card = json.loads((forged / "card.json").read_text())
+    card["files"]["model.pt2"] = json.loads((other / "card.json").read_text())["files"]["model.pt2"]
+    (forged / "model.pt2").write_bytes((other / "model.pt2").read_bytes())
+    (forged / "card.json").write_text(json.dumps(card))
+    assert load_archive(forged / "model.pt2")
+    with Tracker(registry.uri, "embed", "run-1") as tracker:
+        register_encoder(
+            forged,
+            tracking_uri=registry.uri,
+            mlflow_run_id=tracker.mlflow_run_id,
+            model_name="forged",
+            alias="champion",
+            tags={},
+        )
+    manifest = shards_at(str(tmp_path / "shards"))
+    done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"), model="models:/forged@champion")
+    assert done.returncode == 2
+    assert "does not reproduce its golden embedding" in done.stderr
