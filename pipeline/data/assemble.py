@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
+from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import AUGMENT_STREAM, Plan, philox_key
 from pipeline.data.reader import Block, BlockReader, blocks_ahead
 from pipeline.data.views import Augmenter, Pixels, View
@@ -43,13 +44,16 @@ class Rows:
 class Assembler:
     """Makes the rows of one step after the other."""
 
-    def __init__(self, manifest: Manifest, rows: Rows) -> None:
+    def __init__(self, manifest: Manifest, rows: Rows, mirror: MirrorConfig | None = None) -> None:
         self._manifest = manifest
         self._rows = rows
         self._samples = manifest.split(rows.split)
         self._plan = Plan(manifest.shards, rows.split, rows.global_batch_size, rows.seed)
         self._augmenter = Augmenter(rows.views, rows.image_size)
-        self._reader = BlockReader(manifest, self._samples, self._plan, open_fetch(manifest))
+        fetch = open_fetch(manifest)
+        if mirror is not None:
+            fetch = MirrorFetch(manifest, fetch, mirror)
+        self._reader = BlockReader(manifest, self._samples, self._plan, fetch)
         per_lane = self._plan.batch_per_lane
         self._lanes = range(rows.start // per_lane, -(-rows.end // per_lane))
 

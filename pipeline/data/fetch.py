@@ -149,7 +149,8 @@ class HttpFetch:
         if response.status in _RETRIED_STATUS:
             raise ConnectionError(reason)
         if response.status in (401, 403):
-            if time.monotonic() - self._signed.pop(shard)[1] > storage.SIGNATURE_LIFETIME_S / 2:
+            _, signed_at = self._signed.pop(shard, ("", time.monotonic()))  # another thread may have dropped it
+            if time.monotonic() - signed_at > storage.SIGNATURE_LIFETIME_S / 2:
                 raise ConnectionError(f"{reason}, perhaps because the signature is old")  # the next one is new
             raise DeniedError(
                 f"{where}: access denied ({reason}); check the credentials and the bucket's policy: {detail}"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
+from pipeline.data.mirror import MirrorConfig
 from pipeline.data.plan import Plan, Run
 from pipeline.data.reader import read_run
 from pipeline.data.shared import Layout, allocate, attach
@@ -60,9 +62,12 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
         max_bad_share: float = MAX_BAD_SHARE,
+        mirror: MirrorConfig | None = None,
     ) -> None:
         """``num_workers`` processes make this rank's rows; 0 = the calling process. ``max_bad_share``: of the
-        split's samples. ValueError where the batch does not fit the split or the world size.
+        split's samples. ``mirror``: keep what is read on a local disk.
+
+        ValueError where the batch does not fit the split or the world size.
         """
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size={global_batch_size} does not divide by world_size={world_size}")
@@ -78,6 +83,7 @@ class Loader:
         )
         self._sizes = Augmenter(views, image_size).sizes
         self._num_workers = min(num_workers, per_rank)
+        self._mirror = mirror
         self._max_bad = max_bad_share * self._samples.num_samples
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
@@ -91,7 +97,7 @@ class Loader:
         return self._batches_of_workers(start_step, end_step)
 
     def _batches_here(self, start_step: int, end_step: int) -> Iterator[Batch]:
-        assembler = Assembler(self._manifest, self._rows)
+        assembler = Assembler(self._manifest, self._rows, self._mirror)
         n = self._rows.end - self._rows.start
         try:
             for step in range(start_step, end_step):
@@ -103,7 +109,7 @@ class Loader:
             assembler.close()
 
     def _batches_of_workers(self, start_step: int, end_step: int) -> Iterator[Batch]:
-        with _Workers(self._manifest, self._rows, self._sizes, self._num_workers) as workers:
+        with _Workers(self._manifest, self._rows, self._sizes, self._num_workers, self._mirror) as workers:
             for step in range(start_step, min(start_step + _SLOTS, end_step)):
                 workers.order(step, end_step)
             for step in range(start_step, end_step):
@@ -125,7 +131,9 @@ class Loader:
 class _Workers:
     """The worker processes of one pass and the batches they share."""
 
-    def __init__(self, manifest: Manifest, rows: Rows, sizes: list[int], count: int) -> None:
+    def __init__(
+        self, manifest: Manifest, rows: Rows, sizes: list[int], count: int, mirror: MirrorConfig | None
+    ) -> None:
         n = rows.end - rows.start
         slot: Layout = [*(((n, 3, size, size), "uint8") for size in sizes), ((n,), "int64")]
         table = manifest.samples
@@ -146,8 +154,16 @@ class _Workers:
             edges = np.linspace(rows.start, rows.end, count + 1).round().astype(int).tolist()
             stack.push(lambda kind, *_: self.close() if kind else None)
             for start, end in itertools.pairwise(edges):
-                mine = Rows(rows.split, rows.views, rows.image_size, rows.global_batch_size, rows.seed, start, end)
-                job = Job(manifest.url, manifest.shards, mine, rows.start, columns_layout, [slot] * _SLOTS)
+                job = Job(
+                    url=manifest.url,
+                    digest=manifest.digest,
+                    shards=manifest.shards,
+                    rows=replace(rows, start=start, end=end),
+                    mirror=mirror,
+                    first_row=rows.start,
+                    columns=columns_layout,
+                    slots=[slot] * _SLOTS,
+                )
                 self._start(job, columns_fd, slots_fd)
 
     def _start(self, job: Job, columns_fd: int, slots_fd: int) -> None:

@@ -18,6 +18,7 @@ import cv2
 
 from pipeline.data.assemble import Assembler, BadSample, Rows
 from pipeline.data.manifest import Manifest, Samples, Shards
+from pipeline.data.mirror import MirrorConfig
 from pipeline.data.shared import Layout, attach
 
 
@@ -26,8 +27,10 @@ class Job:
     """What a worker is told once."""
 
     url: str
+    digest: str
     shards: Shards
     rows: Rows
+    mirror: MirrorConfig | None
     first_row: int  # of the shared batches, in the global batch
     columns: Layout  # of Samples, all splits
     slots: list[Layout]  # per slot: the views of the rank's rows, then their ids
@@ -76,7 +79,7 @@ def _serve(
 ) -> None:
     shard, offset, length, crc32, label = attach(columns_fd, job.columns)
     samples = Samples(0, shard, offset, length, crc32, label)
-    assembler = Assembler(Manifest(job.url, (), job.shards, samples, digest=""), job.rows)
+    assembler = Assembler(Manifest(job.url, (), job.shards, samples, job.digest), job.rows, job.mirror)
     mine = slice(job.rows.start - job.first_row, job.rows.end - job.first_row)
     arrays = iter(attach(slots_fd, [each for layout in job.slots for each in layout]))
     slots = [[next(arrays) for _ in layout] for layout in job.slots]

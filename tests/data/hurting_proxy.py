@@ -1,0 +1,149 @@
+"""An HTTP proxy before the S3 server that hurts the GETs of shards: what networks and object stores do on bad days.
+
+Requests pass unchanged (the signature covers the Host header, which names the proxy). A fault is one of the
+classes below; ``proxy.faults`` are served to the next GETs in turn, ``proxy.always`` to every GET.
+"""
+
+import http.client
+import http.server
+import socket
+import struct
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Status:
+    """Answer with this status instead."""
+
+    code: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Reset the connection after a share of the body."""
+
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Fin:
+    """Close the connection in order, after a share of the body."""
+
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Send nothing more after a share of the body, and keep the connection open."""
+
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Flip the lowest bit of the byte at ``offset`` of the object, if the range covers it."""
+
+    offset: int
+
+
+Fault = Status | Cut | Fin | Stall | Flip
+
+
+class HurtingProxy:
+    """Listens on loopback; ``requests`` counts the GETs of shards."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend.removeprefix("http://")
+        self.faults: deque[Fault] = deque()
+        self.always: Fault | None = None
+        self.requests = 0
+        self.released = threading.Event()  # ends the stalls
+        self.port = 0
+        self.up()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def up(self) -> None:
+        """Listen, on the same port as before."""
+        proxy = self
+
+        class Handler(_Handler):
+            owner = proxy
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def down(self) -> None:
+        """Refuse connections."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def stop(self) -> None:
+        self.released.set()
+        self.down()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    owner: HurtingProxy
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._forward()
+
+    def do_HEAD(self) -> None:
+        self._forward()
+
+    def _forward(self) -> None:
+        proxy = self.owner
+        fault: Fault | None = None
+        if self.command == "GET" and ".tar" in self.path:
+            proxy.requests += 1
+            fault = proxy.faults.popleft() if proxy.faults else proxy.always
+        if isinstance(fault, Status):
+            self.send_response(fault.code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        backend = http.client.HTTPConnection(proxy.backend, timeout=20)
+        backend.request(self.command, self.path, headers=dict(self.headers))
+        response = backend.getresponse()
+        body = response.read()
+        backend.close()
+        if isinstance(fault, Flip):
+            body = _flipped(body, response.getheader("Content-Range"), fault.offset)
+        self.send_response(response.status)
+        for key, value in response.getheaders():
+            if key.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                self.send_header(key, value)
+        self.end_headers()
+        if isinstance(fault, Cut | Fin | Stall):
+            self.wfile.write(body[: int(len(body) * fault.share)])
+            self.wfile.flush()
+            if isinstance(fault, Stall):
+                proxy.released.wait(60)
+            if isinstance(fault, Cut):  # linger 0: RST instead of FIN
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+            return
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _flipped(body: bytes, content_range: str | None, offset: int) -> bytes:
+    start = int(content_range.removeprefix("bytes ").partition("-")[0]) if content_range else 0
+    if not start <= offset < start + len(body):
+        return body
+    changed = bytearray(body)
+    changed[offset - start] ^= 1
+    return bytes(changed)

@@ -1,0 +1,194 @@
+"""What the network and the object store can do to a run: each ends in the right bytes or the right error.
+
+Against a real S3 server (SeaweedFS) through a proxy that hurts requests. Timeouts are shortened, nothing else.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.data import fetch
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import Manifest
+from pipeline.data.reader import IntegrityError
+from pipeline.data.views import View
+from pipeline.storage import DeniedError, MissingError, StorageError
+from tests.conftest import S3
+from tests.data.hurting_proxy import Cut, Fault, Fin, Flip, HurtingProxy, Stall, Status
+from tests.data.images import write_photos
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]  # never a hang
+
+COUNT = 60
+
+
+@pytest.fixture
+def manifest(s3: S3) -> Manifest:
+    return write_photos(f"{s3.url}/shards", COUNT)
+
+
+@pytest.fixture
+def proxy(s3: S3, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[HurtingProxy]:
+    """Between this process and the server from now on; the shards were written without it."""
+    proxy = HurtingProxy(s3.server.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(fetch, "PATIENCE_S", 4.0)
+    yield proxy
+    proxy.stop()
+
+
+def epoch(manifest: Manifest, num_workers: int = 0) -> list[Tensor]:
+    loader = Loader(manifest, "train", (View(),), image_size=16, global_batch_size=12, seed=0, num_workers=num_workers)
+    batches = list(loader.batches(0, loader.steps_per_epoch))
+    return [*(batch.sample_ids for batch in batches), *(batch.views[0] for batch in batches)]
+
+
+@pytest.fixture
+def undisturbed(manifest: Manifest) -> list[Tensor]:
+    return epoch(manifest)
+
+
+HEALED: dict[str, list[Fault]] = {
+    "503 and 500": [Status(503), Status(500)],
+    "429": [Status(429)],
+    "cut mid-body": [Cut(0.5), Cut(0.9)],
+    "cut at once": [Cut(0.0), Cut(0.0), Cut(0.0)],
+    "FIN mid-body": [Fin(0.5), Fin(0.3)],
+    "stall": [Stall(0.5), Stall(0.0)],
+    "bit flip in a payload": [Flip(0)] * 2,  # the offset is set below
+}
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_a_passing_fault_leaves_no_trace(
+    name: str, manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy
+) -> None:
+    faults = HEALED[name]
+    if name == "bit flip in a payload":
+        middle = int(manifest.samples.offset[3] + manifest.samples.length[3] // 2)
+        faults = [Flip(middle)] * 2
+    proxy.faults.extend(faults)
+    started = time.monotonic()
+    seen = epoch(manifest)
+    assert all(map(torch.equal, seen, undisturbed))
+    assert not proxy.faults, "every fault struck"
+    assert time.monotonic() - started < 15
+
+
+def test_faults_strike_loader_workers_alike(manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy) -> None:
+    proxy.faults.extend([Status(503), Cut(0.5), Fin(0.5), Stall(0.5)])  # the stall takes the full 5 s here
+    seen = epoch(manifest, num_workers=2)
+    assert all(map(torch.equal, seen, undisturbed))
+    assert not proxy.faults
+
+
+def test_refused_connections_are_waited_out(manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy) -> None:
+    proxy.down()
+    threading.Timer(1.5, proxy.up).start()
+    assert all(map(torch.equal, epoch(manifest), undisturbed))
+
+
+def test_refused_for_good_is_an_error_that_names_the_endpoint(manifest: Manifest, proxy: HurtingProxy) -> None:
+    storage.sign(manifest.shard_url(0))
+    proxy.down()
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"ConnectionRefusedError.*is the endpoint up"):
+        epoch(manifest)
+    assert time.monotonic() - started < 15
+    proxy.up()
+
+
+def test_progress_renews_the_patience(
+    manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 ends in a row, each after some bytes: more than PATIENCE_S in all, never that long without a byte."""
+    monkeypatch.setattr(fetch, "PATIENCE_S", 1.0)
+    proxy.faults.extend([Fin(0.2)] * 30)
+    assert all(map(torch.equal, epoch(manifest), undisturbed))
+    assert not proxy.faults
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (401, DeniedError, "access denied"),
+        (403, DeniedError, "check the credentials"),
+        (404, MissingError, "the manifest lists it"),
+        (412, fetch.ReplacedError, "was replaced"),
+        (418, StorageError, "unexpected HTTP 418"),
+    ],
+)
+def test_what_no_retry_heals_is_an_error_at_once(
+    status: int, error: type[StorageError], words: str, manifest: Manifest, proxy: HurtingProxy
+) -> None:
+    loader = Loader(manifest, "train", (View(),), image_size=16, global_batch_size=12, seed=0)
+    batches = loader.batches(0, 1000)
+    next(batches)  # mid-run
+    proxy.always = Status(status)
+    started = time.monotonic()
+    with pytest.raises(error, match=words):
+        list(batches)
+    assert time.monotonic() - started < 3
+
+
+def test_a_flip_at_rest_is_an_error_that_names_the_sample(manifest: Manifest, proxy: HurtingProxy) -> None:
+    proxy.always = Flip(int(manifest.samples.offset[7]) + 5)
+    with pytest.raises(IntegrityError, match=r"sample (7|27|47) .*crc32"):  # the same offset in each of the 3 shards
+        epoch(manifest)
+
+
+def test_a_flip_in_a_tar_header_loses_nothing(
+    manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy
+) -> None:
+    proxy.always = Flip(int(manifest.samples.offset[7]) - 512 + 3)  # in the name of the sample's member
+    assert all(map(torch.equal, epoch(manifest), undisturbed))
+
+
+def test_a_truncated_shard_is_an_error_before_and_in_the_run(s3: S3, manifest: Manifest) -> None:
+    url = manifest.shard_url(1)
+    storage.write_bytes(url, storage.read_bytes(url)[:-4096])
+    with pytest.raises(StorageError, match=r"train-000001.tar has \d+ bytes, not"):
+        manifest.verify_present()
+    with pytest.raises(StorageError, match=r"train-000001.tar ends at byte .* truncated"):
+        epoch(manifest)
+
+
+def test_an_object_replaced_under_the_run_is_an_error(s3: S3, manifest: Manifest) -> None:
+    """Same size, other content, while a range is being read and taken up again."""
+    reader = fetch.HttpFetch(manifest)
+    reader(0, 0, 1000)
+    data = bytearray(storage.read_bytes(manifest.shard_url(0)))
+    data[100] ^= 1
+    storage.write_bytes(manifest.shard_url(0), bytes(data))
+    with pytest.raises(fetch.ReplacedError, match=r"train-000000\.tar was replaced"):
+        reader(0, 1000, 2000)
+
+
+def test_a_missing_shard_is_named_before_the_run(manifest: Manifest) -> None:
+    storage.delete(manifest.shard_url(2))
+    with pytest.raises(StorageError, match=r"train-000002\.tar is missing"):
+        manifest.verify_present()
+
+
+def test_a_signature_that_expired_mid_run_is_renewed(
+    manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SIGNATURE_LIFETIME_S", 2)
+    loader = Loader(manifest, "train", (View(),), image_size=16, global_batch_size=12, seed=0)
+    seen = []
+    for batch in loader.batches(0, loader.steps_per_epoch):
+        seen.append(batch.sample_ids)
+        time.sleep(0.8)
+    assert all(map(torch.equal, seen, undisturbed[: len(seen)]))
+
+
+def test_any_fsspec_url_streams() -> None:
+    """No fast path: fsspec's in-memory file system, in this process."""
+    manifest = write_photos("memory://shards", 30)
+    assert len(epoch(manifest)) == 4
