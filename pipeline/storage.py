@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 CONNECT_TIMEOUT_S = 3
-READ_TIMEOUT_S = 10
+READ_TIMEOUT_S = 5
 S3_ATTEMPTS = 3  # s3fs's own retries, 0.1 and 0.17 s apart; botocore's are off, they would multiply
 SIGNATURE_LIFETIME_S = 3600
 
