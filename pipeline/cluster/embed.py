@@ -78,8 +78,8 @@ def embed_shards(
     """Write ``<out_url>/<shard>.parquet`` for every shard of ``splits``, on the connected Ray.
 
     Columns: sample_id int64 (the manifest's), embedding float32 (fixed-size list), model_name, model_version int32.
-    Raises EmbedError if ``out_url`` holds the embeddings of another encoder or of other data, and whatever
-    UserError an actor met (a damaged shard, a golden embedding that does not come out).
+    Raises EmbedError if ``out_url`` holds the embeddings of another encoder or of other data, or if a shard
+    is damaged or cannot be read; what was written until then stays and is not done again.
     """
     started = time.monotonic()
     shards = [i for i, split in enumerate(manifest.shards.split) if split in splits]
@@ -102,16 +102,11 @@ def embed_shards(
         num_gpus=gpus_per_actor,
         fn_constructor_args=(ray.put(encoder), ray.put(manifest), out_url, batch_size),
     )
-    try:
-        for row in rows.iter_rows():
-            done = Embedded(
-                done.shards + 1, done.of_shards, done.images + int(row["images"]), time.monotonic() - started
-            )
-            on_progress(done)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from error
-        raise
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise EmbedError(f"{manifest.shard_url(int(row['shard']))}: {row['error']}")
+        done = Embedded(done.shards + 1, done.of_shards, done.images + int(row["images"]), time.monotonic() - started)
+        on_progress(done)
     return done
 
 
@@ -130,9 +125,14 @@ class _ShardEmbedder:
             check_golden(self._model, Path(folder), self._device)
             self._preprocessing = read_preprocessing(Path(folder))
 
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
-        images = [self._embed(int(shard)) for shard in batch["shard"]]
-        return {"shard": batch["shard"], "images": np.array(images)}
+    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        """One row per shard: how many images, or the user's error as text (Ray would bury it in two of its own)."""
+        (shard,) = batch["shard"]
+        try:
+            images, error = self._embed(int(shard)), ""
+        except UserError as mistake:
+            images, error = 0, str(mistake)
+        return {"shard": batch["shard"], "images": np.array([images]), "error": np.array([error])}
 
     def _embed(self, shard: int) -> int:
         first_id, part = _one_shard(self._manifest, shard)
