@@ -9,17 +9,17 @@ import argparse
 import time
 
 import torch
-from pipeline.data.manifest import Manifest
-from pipeline.registry.register import register_encoder
-from pipeline.registry.tracking import Tracker, probe
-from pipeline.storage import probe_writable
 
 from pipeline.config import Config, load_config
+from pipeline.data.manifest import Manifest
 from pipeline.errors import explained
 from pipeline.preflight import dry_run, prepare_data
 from pipeline.progress import ProgressDisplay
 from pipeline.provenance import git_sha
+from pipeline.registry.register import register_encoder
+from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Registration, Run
+from pipeline.storage import probe_writable
 
 
 def main() -> None:

@@ -97,7 +97,11 @@ def test_a_dry_run_tries_a_batch_and_trains_nothing(
     ],
 )
 def test_a_mistake_is_one_message_and_an_exit_code_before_ray_starts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
 ) -> None:
     arguments = [argument.format(tmp=tmp_path) if "{tmp}" in argument else argument for argument in arguments]
     with pytest.raises(SystemExit) as caught:
