@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from pipeline.archive import load_archive
+from pipeline.data.loader import shorter_side
 from pipeline.errors import UserError
 from pipeline.model_card import ModelCard, render
 from pipeline.models.backbone import Backbone, create_timm_model
@@ -42,7 +43,7 @@ class ExportError(UserError):
 
 
 class Preprocessing(NamedTuple):
-    """What an encoder expects: RGB images resized and centre-cropped to a square, x / 255, then (x - mean) / std."""
+    """What an encoder expects: RGB, ``data.loader.centre_crop``, x / 255, then (x - mean) / std."""
 
     image_size: int  # pixels
     mean: tuple[float, float, float]
@@ -102,6 +103,7 @@ def export_encoder(
                 feature_dim=embeddings.shape[1],
                 parameters=sum(p.numel() for p in net.parameters()),
                 image_size=size,
+                resized_side=shorter_side(size),
                 mean=preprocessing.mean,
                 std=preprocessing.std,
                 golden_sha256=files["golden.npz"],
@@ -200,7 +202,7 @@ def _timm_config(backbone: Backbone, net: nn.Module, preprocessing: Preprocessin
             "input_size": [3, preprocessing.image_size, preprocessing.image_size],
             "fixed_input_size": default.get("fixed_input_size", False),
             "interpolation": "bilinear",
-            "crop_pct": 1.0,
+            "crop_pct": preprocessing.image_size / shorter_side(preprocessing.image_size),
             "crop_mode": "center",
             "mean": preprocessing.mean,
             "std": preprocessing.std,

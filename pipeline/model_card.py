@@ -39,6 +39,7 @@ def render(
     feature_dim: int,
     parameters: int,
     image_size: int,
+    resized_side: int,
     mean: Sequence[float],
     std: Sequence[float],
     golden_sha256: str,
@@ -128,7 +129,7 @@ model.pt2 that holds anything but tensors and tensor arithmetic.
 
 ## Preprocessing
 
-RGB, shorter side resized to {image_size}, centre crop of {image_size} x {image_size}, bilinear with antialiasing; \
+RGB, shorter side resized to {resized_side}, centre crop of {image_size} x {image_size}, bilinear with antialiasing; \
 `x / 255`, then `(x - mean) / std` with
 
 - mean `{list(mean)}`

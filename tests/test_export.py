@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from pipeline.archive import load_archive
+from pipeline.data.loader import shorter_side
 from pipeline.export import ExportError, check_bundle, check_golden, export_encoder, read_preprocessing
+from pipeline.models.backbone import BackboneConfig, random_backbone
 from tests.encoders import CARD, MEAN, STD, export_tiny, golden_images, of_another_run, tiny_backbone
 
 
@@ -31,6 +33,16 @@ def test_golden_embeddings_are_those_of_the_backbone_on_normalised_images(bundle
 
 def test_preprocessing_survives_in_config_json(bundle: Path) -> None:
     assert read_preprocessing(bundle) == (28, MEAN, STD)
+
+
+@pytest.mark.parametrize("size", [28, 64, 96, 224])
+def test_timm_resizes_and_crops_as_the_loader_does(size: int, tmp_path: Path) -> None:
+    backbone = random_backbone(BackboneConfig(name="resnet18", args={"channels": [4, 4, 4, 4]}, image_size=size), 0)
+    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+    export_encoder(backbone, tmp_path / "encoder", mean=MEAN, std=STD, golden_images=images, card=CARD)
+    model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    assert (transform.transforms[0].size, tuple(transform.transforms[1].size)) == (shorter_side(size), (size, size))
 
 
 def test_timm_fine_tunes_it_with_a_new_head(bundle: Path) -> None:

@@ -296,12 +296,16 @@ def centre_crop(image: Pixels, size: int) -> Pixels:
 
     8/7 is ImageNet's 256 to 224; images below 64 px keep their borders, as digits and CIFAR need them.
     """
-    shorter = min(image.shape[:2])
-    target = size if size < 64 else round(size * 8 / 7)
+    shorter, target = min(image.shape[:2]), shorter_side(size)
     height, width = (max(round(side * target / shorter), size) for side in image.shape[:2])
     resized = resize(image, height, width)
     top, left = (height - size) // 2, (width - size) // 2
     return resized[top : top + size, left : left + size]
+
+
+def shorter_side(size: int) -> int:
+    """What the shorter side is resized to before ``size`` pixels are cropped from the centre."""
+    return size if size < 64 else round(size * 8 / 7)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
