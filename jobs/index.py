@@ -1,0 +1,42 @@
+"""Make a manifest for shards that other tools wrote (webdataset, img2dataset): one walk, nothing is rewritten.
+
+python -m jobs.index s3://bucket/laion
+"""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from pipeline.data.foreign import index_shards
+from pipeline.storage import StorageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with what is wrong on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
+    parser.add_argument("--threads", type=int, default=8, help="shards walked at the same time")
+    options = parser.parse_args(arguments)
+    try:
+        with tqdm(unit=" images", disable=None) as bar:
+            indexed = index_shards(
+                options.url,
+                num_threads=options.threads,
+                on_shard=lambda rows: bar.update(len(rows.columns["key"])),
+            )
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    manifest = indexed.manifest
+    counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
+    print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")
+    if indexed.without_image:
+        print(f"{indexed.without_image:,} samples without an image were passed over")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Look at what a config's views do: a grid as PNG, one row per image, the resized original and then its views.
+
+python -m jobs.preview configs/quickstart.yaml views.png --rows 8
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.config import ConfigError, load_config
+from pipeline.data.preview import view_grid
+from pipeline.preflight import prepare_data
+from pipeline.storage import StorageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a pretraining config, e.g. configs/quickstart.yaml")
+    parser.add_argument("png", type=Path, help="the file to write")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value")
+    parser.add_argument("--rows", type=int, default=8, help="images")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        manifest = prepare_data(config)
+        png = view_grid(manifest, config.method.views, config.model.image_size, config.seed, options.rows)
+        options.png.write_bytes(png)
+    except (ConfigError, StorageError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.png}: {options.rows} images of {manifest.url}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Manifests for tars that other tools wrote (webdataset, img2dataset), by one walk over their bytes.
+
+Python's tarfile ends quietly at a damaged header and at a cut between two members (cpython#120740). This walk checks
+every header's checksum and the end of the archive: what is not whole is an error, never fewer samples.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from isal.isal_zlib import crc32
+
+from pipeline import storage
+from pipeline.data.fetch import Fetch, open_fetch
+from pipeline.data.manifest import Manifest, build_manifest
+from pipeline.data.sources import IMAGE_EXTENSIONS
+from pipeline.data.writer import ShardRows, commit_manifest
+from pipeline.storage import StorageError
+
+_BLOCK = 512
+_READ_BYTES = 8 * 2**20
+_MAX_META_BYTES = 2**20  # of a .json that is searched for a label
+_LABEL_FIELDS = ("label", "cls", "class", "class_id")
+_SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
+_SPLIT_WORDS |= {"validation": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar; ``data`` only where it is small and asked for."""
+
+    name: str
+    offset: int
+    size: int
+    crc32: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A manifest that was made, and what was passed over."""
+
+    manifest: Manifest
+    without_image: int  # groups of members that hold no image
+
+
+def index_shards(
+    url: str, *, num_threads: int = 8, on_shard: Callable[[ShardRows], object] = lambda rows: None
+) -> Indexed:
+    """Walk every ``*.tar`` below ``url`` and write the manifest beside them.
+
+    The split is the first of train, val(idation), test in a shard's name, or "train". A sample's label is in its
+    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none.
+    StorageError where there are no tars, or one is damaged, truncated, or has a key at two places.
+    """
+    url = storage.resolve(url)
+    sizes = {name: size for name, size in sorted(storage.list_sizes(url).items()) if name.endswith(".tar")}
+    if not sizes:
+        raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
+    names = sorted(sizes, key=lambda name: (_split_rank(split_of(name)), name))
+    table = {
+        "name": names,
+        "split": ["train"] * len(names),
+        "size": [sizes[n] for n in names],
+        "count": [0] * len(names),
+    }
+    empty = build_manifest(url, (), table, {"offset": [], "length": [], "crc32": [], "label": []})
+    fetch = open_fetch(empty)
+    with ThreadPoolExecutor(num_threads) as threads:
+        shards, without_image = [], 0
+        for rows, passed_over in threads.map(lambda shard: _index_shard(empty, fetch, shard), range(len(names))):
+            without_image += passed_over
+            if rows.columns["key"]:
+                shards.append(rows)
+            on_shard(rows)
+    if not shards:
+        raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
+    highest = max(max(rows.columns["label"]) for rows in shards)
+    return Indexed(commit_manifest(url, tuple(str(n) for n in range(highest + 1)), shards), without_image)
+
+
+def split_of(name: str) -> str:
+    """The split that a shard's name tells: "imagenet/val-0003.tar" -> "validation"."""
+    for word in re.split(r"[^a-z]+", name.lower()):
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return "train"
+
+
+def _split_rank(split: str) -> tuple[int, str]:
+    return {"train": 0, "validation": 1}.get(split, 2), split
+
+
+def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> tuple[ShardRows, int]:
+    name = manifest.shards.name[shard]
+    rows = ShardRows(name, split_of(name), int(manifest.shards.size[shard]))
+    seen: set[str] = set()
+    without_image = 0
+    for key, members in _groups(walk_tar(manifest, fetch, shard)):
+        if key in seen:
+            raise StorageError(f"{manifest.shard_url(shard)}: the key {key!r} comes at two places; sort the archive")
+        seen.add(key)
+        image = _image_of(members)
+        if image is None:
+            without_image += 1
+            continue
+        for column, value in zip(
+            ("key", "offset", "length", "crc32", "label"),
+            (key, image.offset, image.size, image.crc32, _label_of(members)),
+            strict=True,
+        ):
+            rows.columns[column].append(value)
+    return rows, without_image
+
+
+def _groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Neighbours with the same key: (key, extension -> member)."""
+    current, group = "", dict[str, Member]()
+    for member in members:
+        path = PurePosixPath(member.name)
+        stem, _, extension = path.name.partition(".")
+        key = str(path.with_name(stem)) if stem else ""
+        if not key or not extension:
+            continue  # hidden files, and what has no extension
+        if key != current and group:
+            yield current, group
+            group = {}
+        current = key
+        group[extension.lower()] = member
+    if group:
+        yield current, group
+
+
+def _image_of(members: dict[str, Member]) -> Member | None:
+    """``key.jpg`` before ``key.mask.png``, then by the order of IMAGE_EXTENSIONS."""
+    images = [extension for extension in members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    if not images:
+        return None
+    return members[min(images, key=lambda e: (e.count("."), IMAGE_EXTENSIONS.index(e.rpartition(".")[2])))]
+
+
+def _label_of(members: dict[str, Member]) -> int:
+    if "cls" in members:
+        text = members["cls"].data.decode(errors="replace").strip()
+        if text.lstrip("-").isdigit():
+            return max(int(text), -1)
+    if "json" in members:
+        try:
+            fields = json.loads(members["json"].data)
+        except ValueError:
+            return -1
+        if isinstance(fields, dict):
+            for name in _LABEL_FIELDS:
+                if isinstance(fields.get(name), int) and not isinstance(fields[name], bool):
+                    return max(int(fields[name]), -1)
+    return -1
+
+
+def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
+    """The regular files of a ustar, GNU or pax archive, each read once. StorageError unless it is whole."""
+    where = manifest.shard_url(shard)
+    stream = _Stream(fetch, shard, int(manifest.shards.size[shard]))
+    long_name = ""
+    while True:
+        at = stream.position
+        if stream.left < _BLOCK:
+            raise StorageError(f"{where} ends at byte {at} without the end-of-archive mark: it is truncated")
+        header = stream.take(_BLOCK)
+        if not any(header):
+            return
+        if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156]):
+            raise StorageError(f"{where}: the tar header at byte {at} is damaged (its checksum is wrong)")
+        kind, size = header[156:157], _number(header[124:136])
+        padded = -(-size // _BLOCK) * _BLOCK
+        if padded > stream.left:
+            raise StorageError(f"{where} ends inside the member at byte {at}: it is truncated")
+        name = long_name or _name(header)
+        if kind in (b"0", b"\0", b"7"):
+            wanted = name.endswith((".cls", ".json")) and size <= _MAX_META_BYTES
+            offset = stream.position
+            data = stream.take(size) if wanted else b""
+            checksum = crc32(data) if wanted else stream.checksum(size)
+            yield Member(name, offset, size, checksum, data)
+            stream.take(padded - size)
+            long_name = ""
+        elif kind == b"L":  # GNU: the next member's name
+            long_name = stream.take(padded)[:size].rstrip(b"\0").decode()
+        elif kind == b"x":  # pax: the next member's attributes
+            records = stream.take(padded)[:size].decode(errors="replace")
+            if re.search(r"^\d+ size=", records, re.MULTILINE):
+                raise StorageError(f"{where}: the member after byte {at} is larger than 8 GiB, which is no image")
+            path = re.search(r"^\d+ path=(.*)$", records, re.MULTILINE)
+            long_name = path[1] if path else ""
+        else:  # directories, links, global attributes
+            stream.checksum(padded)
+            long_name = ""
+
+
+def _name(header: bytes) -> str:
+    name, prefix = header[:100].rstrip(b"\0").decode(), header[345:500].rstrip(b"\0").decode()
+    return f"{prefix}/{name}" if prefix and header[257:262] == b"ustar" and header[262:263] == b"\0" else name
+
+
+def _number(digits: bytes) -> int:
+    if digits[0] & 0x80:  # GNU: binary, for more than 8 GiB
+        return int.from_bytes(digits[1:], "big")
+    text = digits.strip(b" \0")
+    return int(text, 8) if re.fullmatch(rb"[0-7]+", text) else -1
+
+
+class _Stream:
+    """A shard from front to back, a few MiB at a time."""
+
+    def __init__(self, fetch: Fetch, shard: int, size: int) -> None:
+        self._fetch, self._shard, self._size = fetch, shard, size
+        self._chunk = memoryview(b"")
+        self._chunk_start = 0
+        self.position = 0
+
+    @property
+    def left(self) -> int:
+        return self._size - self.position
+
+    def take(self, count: int) -> bytes:
+        return b"".join(bytes(part) for part in self._parts(count))
+
+    def checksum(self, count: int) -> int:
+        value = 0
+        for part in self._parts(count):
+            value = crc32(part, value)
+        return value
+
+    def _parts(self, count: int) -> Iterator[memoryview]:
+        while count:
+            at = self.position - self._chunk_start
+            if at >= len(self._chunk):
+                end = min(self.position + _READ_BYTES, self._size)
+                self._chunk, self._chunk_start = self._fetch(self._shard, self.position, end), self.position
+                at = 0
+            part = self._chunk[at : at + count]
+            self.position += len(part)
+            count -= len(part)
+            yield part
