@@ -8,6 +8,8 @@ one more forward pass, the memory of one micro-batch.
 BatchNorm would take its statistics over micro-batches, another result, so it is refused.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,24 +35,29 @@ def check_accumulation(method: Method, micro_batches: int) -> None:
         )
 
 
-def backward_in_parts(method: Method, views: list[Tensor], micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
+def backward_in_parts(
+    method: Method, views: list[Tensor], micro_batches: int, autocast: AbstractContextManager[None]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of this rank's batch; the parameters' gradients, averaged over ranks, are those of one pass.
 
     Call it instead of forward and backward through DistributedDataParallel, on the bare method. The batch of a rank
-    must be a multiple of ``micro_batches``.
+    must be a multiple of ``micro_batches``; ``autocast`` surrounds what computes forward.
     """
     parts = list(zip(*(view.chunk(micro_batches) for view in views), strict=True))
     devices = [views[0].device] if views[0].is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad():  # the second pass draws the same dropout masks
+    with torch.random.fork_rng(devices), torch.no_grad(), autocast:  # the second pass draws the same dropout masks
         embedded = [method.embed(list(part)) for part in parts]
     embeddings = [torch.cat(column).requires_grad_() for column in zip(*embedded, strict=True)]
     method.observed = embeddings[0].detach(), embeddings[1].detach()
-    loss, metrics = method.loss(*embeddings)
+    with autocast:
+        loss, metrics = method.loss(*embeddings)
     loss.backward()
     for index, part in enumerate(parts):
+        with autocast:
+            embedded_again = method.embed(list(part))
         pulled = [
             (again, whole.grad.chunk(micro_batches)[index])
-            for again, whole in zip(method.embed(list(part)), embeddings, strict=True)
+            for again, whole in zip(embedded_again, embeddings, strict=True)
             if whole.grad is not None  # targets have none
         ]
         torch.autograd.backward([again for again, _ in pulled], [gradient for _, gradient in pulled])

@@ -11,7 +11,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -62,6 +62,13 @@ class TrainConfig(_Section):
     epochs: int = Field(default=100, ge=1)
     global_batch_size: int = Field(default=256, ge=2)  # samples over all ranks
     global_bn: bool = True  # BatchNorm statistics over the global batch
+    bn_ranks_per_group: int | None = Field(default=None, ge=1)  # over groups of so many ranks instead
+    micro_batches: int = Field(default=1, ge=1)  # passes per step and rank: exact, or refused
+    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast of the forward pass; weights stay float32
+    channels_last: bool = False  # memory format of images and convolutions; the same result up to rounding
+    compile: bool = False  # torch.compile the backbone: on CPUs 30-240 s at the start for at most 5 %
+    diagnose_every_steps: int = Field(default=100, ge=1)  # std, RankMe, alignment, uniformity of the embeddings
+    on_collapse: Literal["warn", "stop"] = "warn"
     checkpoint_every_steps: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every_steps: int = Field(default=10, ge=1)
@@ -145,6 +152,21 @@ class Config(_Section):
                 f"batch sizes that work: {batch - batch % workers}, {batch - batch % workers + workers}; "
                 f"worker counts that work: {', '.join(str(w) for w in range(1, min(batch, 64) + 1) if batch % w == 0)}"
             )
+        if batch // workers % self.train.micro_batches:
+            raise ValueError(
+                f"train.micro_batches={self.train.micro_batches} does not divide the {batch // workers} samples of a "
+                f"rank; what divides: {', '.join(str(n) for n in range(1, 65) if batch // workers % n == 0)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _queue_holds_a_batch(self) -> Self:
+        batch, queue = self.train.global_batch_size, getattr(self.method, "queue_size", None)
+        if queue is not None and queue < batch:
+            raise ValueError(
+                f"method.queue_size={queue} does not hold the {batch} keys of a global batch; "
+                f"use method.queue_size >= {batch} or train.global_batch_size <= {queue}"
+            )
         return self
 
     @property
@@ -171,7 +193,9 @@ class Config(_Section):
             "digest": manifest_digest,
             **self.data.model_dump(mode="json", include={"mean", "std"}),
         }
-        determining["train"] = self.train.model_dump(mode="json", include={"epochs", "global_batch_size", "global_bn"})
+        determining["train"] = self.train.model_dump(
+            mode="json", include={"epochs", "global_batch_size", "global_bn", "bn_ranks_per_group", "precision"}
+        )
         text = json.dumps(determining, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -243,7 +267,7 @@ def _default_list(values: dict[str, Any], path: list[str]) -> Any:
     """The list that ``path`` has by default: ``method.views.0.flip=0.5`` works without views in the YAML."""
     node: Any = _validated(values, "the config before its overrides").model_dump(mode="json")
     for part in path:
-        node = node[part] if part in node else []
+        node = node.get(part, [])
     return node
 
 

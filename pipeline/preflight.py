@@ -1,6 +1,5 @@
 """Everything that can be known to be wrong before a cluster spins up, and the dry run that tries one batch."""
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.writer import write_shards
 from pipeline.methods.base import Method
 from pipeline.optim import build_optimizer, peak_lr
-from pipeline.train import build_method, hyperparameters, to_device, train_step
+from pipeline.train import build_method, hyperparameters, prepare, to_device, train_step
 
 _DRY_BATCH = 64  # rows tried in a dry run: enough to fail where a real batch would, quick on any laptop
 
@@ -63,9 +62,10 @@ class DryRun:
 
 
 def dry_run(config: Config, manifest: Manifest, device: torch.device) -> DryRun:
-    """One training step in this process, on one small batch; nothing is written. ConfigError if the loss is not
-    finite."""
-    rows = min(_DRY_BATCH, config.train.global_batch_size)
+    """One training step in this process, on one small batch; nothing is written. NonFiniteLossError if the
+    loss is not finite."""
+    parts = config.train.micro_batches
+    rows = max(min(_DRY_BATCH, config.train.global_batch_size) // parts, 1) * parts
     loader = Loader(
         manifest, "train", config.method.views,
         image_size=config.model.image_size, global_batch_size=rows, seed=config.seed,
@@ -77,11 +77,9 @@ def dry_run(config: Config, manifest: Manifest, device: torch.device) -> DryRun:
     loaded = time.perf_counter()
     steps_per_epoch = manifest.split("train").num_samples // config.train.global_batch_size
     values = hyperparameters(config, 0, steps_per_epoch)
-    loss = train_step(method, method, optimizer, to_device(batch, config, device), values)["loss"].item()
-    if not math.isfinite(loss):
-        raise ConfigError(
-            f"the loss of the first batch is {loss}; try a larger method.temperature or a smaller optim.lr"
-        )
+    loss = train_step(
+        prepare(method, config.train), method, optimizer, to_device(batch, config, device), values, config.train
+    )["loss"].item()
     return DryRun(
         steps_per_epoch=steps_per_epoch,
         parameters=sum(p.numel() for p in method.parameters()),

@@ -5,6 +5,7 @@
 pure function of (manifest, seed, step), so a run resumed from a checkpoint follows the undisturbed one.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline import distributed, schedules
+from pipeline import distributed, schedules, storage
+from pipeline.accumulation import backward_in_parts, check_accumulation
 from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainState
-from pipeline.config import Config, dump
+from pipeline.collapse import NonFiniteLossError, act_on_collapse, diagnose, stop_unless_finite
+from pipeline.config import Config, TrainConfig, dump
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader, normalize
 from pipeline.data.manifest import Manifest
@@ -77,17 +80,46 @@ def make_loader(config: Config, manifest: Manifest) -> Loader:
 def to_device(batch: Batch, config: Config, device: torch.device) -> Batch:
     """uint8 views on the CPU -> normalised floats on ``device``; a quarter of the bytes cross the bus."""
     views = [normalize(view.to(device, non_blocking=True), config.data.mean, config.data.std) for view in batch.views]
+    if config.train.channels_last:
+        views = [view.to(memory_format=torch.channels_last) for view in views]
     return Batch(views, batch.sample_ids.to(device, non_blocking=True))
 
 
+def prepare(method: Method, config: TrainConfig) -> nn.Module:
+    """What ``train_step`` calls: ``method`` in its memory format, compiled, inside DistributedDataParallel."""
+    if config.channels_last:
+        method.to(memory_format=torch.channels_last)
+    if config.compile:
+        method.backbone.compile()
+        for online, momentum in method.momentum_pairs():
+            if online is method.backbone:
+                momentum.compile()
+    check_accumulation(method, config.micro_batches)
+    return distributed.data_parallel(method) if config.micro_batches == 1 else method
+
+
 def train_step(
-    model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, batch: Batch, values: Hyperparameters
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    values: Hyperparameters,
+    config: TrainConfig,
 ) -> dict[str, Tensor]:
-    """Forward, backward, step, EMA. Returns detached metrics of this rank, still on the device."""
+    """Forward, backward, step, EMA. Returns detached metrics of this rank, still on the device.
+
+    NonFiniteLossError on all ranks, before the update, if any rank's loss is not finite.
+    """
     set_lr(optimizer, values.lr)
-    loss, metrics = model(batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    autocast = torch.autocast(batch.views[0].device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    if config.micro_batches > 1:
+        loss, metrics = backward_in_parts(method, batch.views, config.micro_batches, autocast)
+    else:
+        with autocast:
+            loss, metrics = model(batch)
+        loss.backward()
+    stop_unless_finite(loss, batch.sample_ids)
     optimizer.step()
     ema_update_(method.momentum_pairs(), values.ema_decay)
     return {"loss": loss.detach(), **metrics}
@@ -109,7 +141,7 @@ def fit(
     """
     method = build_method(config).to(device)
     if config.train.global_bn:
-        method = distributed.convert_global_bn(method)
+        method = distributed.convert_global_bn(method, config.train.bn_ranks_per_group)
     optimizer = build_optimizer(method, config.optim, peak_lr(config.optim, config.train.global_batch_size))
     loader = make_loader(config, manifest)
     total_steps = config.train.epochs * loader.steps_per_epoch
@@ -117,27 +149,37 @@ def fit(
     start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
     if start:
         restore(checkpoints.load(start), method, optimizer, config, manifest)
-    model = distributed.data_parallel(method)
+    model = prepare(method, config.train)
     method.train()
+    diagnosis: dict[str, Tensor] = {}
 
     meter = _Meter(config, total_steps, loader.steps_per_epoch, start)
     for step, batch in enumerate(meter.timed(loader.batches(start, total_steps)), start):
         torch.manual_seed(hash((config.seed, step, distributed.rank())))  # dropout, drop path
-        metrics = train_step(
-            model,
-            method,
-            optimizer,
-            to_device(batch, config, device),
-            hyperparameters(config, step, loader.steps_per_epoch),
-        )
+        values = hyperparameters(config, step, loader.steps_per_epoch)
+        try:
+            metrics = train_step(model, method, optimizer, to_device(batch, config, device), values, config.train)
+        except NonFiniteLossError as error:
+            raise save_batch(error, step, checkpoints) from None
         done = step + 1
+        if done % config.train.diagnose_every_steps == 0:
+            diagnosis = diagnose(*method.observed)
+            act_on_collapse(diagnosis, done, config.train.on_collapse)
         if done % config.train.log_every_steps == 0 or done == total_steps:
-            progress = meter.progress(done, _mean_over_ranks(metrics))
+            progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis)
             if distributed.rank() == 0:
                 report(progress)
         if distributed.rank() == 0 and (done % config.train.checkpoint_every_steps == 0 or done == total_steps):
             checkpoints.save(snapshot(done, method, optimizer, config, manifest, mlflow_run_id))
     return method
+
+
+def save_batch(error: NonFiniteLossError, step: int, checkpoints: CheckpointStore) -> NonFiniteLossError:
+    """``error`` with the step and where the sample ids of its global batch were saved, by rank 0."""
+    url = storage.join(checkpoints.url, f"non-finite-{step:09d}.json")
+    if distributed.rank() == 0:
+        storage.write_bytes(url, json.dumps({"step": step, "sample_ids": error.sample_ids}).encode())
+    return NonFiniteLossError(f"step {step}: {error}; the ids of its samples are in {url}", error.sample_ids)
 
 
 def snapshot(

@@ -1,5 +1,7 @@
 """Several passes give the gradient of one, for losses that compare samples too; BatchNorm is refused."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def _gradients(method: Method) -> dict[str, Tensor]:
 
 def _in_parts(name: str, micro_batches: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     method = _method(name).eval()  # without dropout, whose masks depend on the shape of the batch
-    loss, _ = backward_in_parts(method, batch(0, torch.float64).views, micro_batches)
+    loss, _ = backward_in_parts(method, batch(0, torch.float64).views, micro_batches, nullcontext())
     return distributed.all_reduce_mean(loss), _gradients(method), method.state_dict()
 
 
@@ -57,7 +59,7 @@ def test_both_passes_drop_the_same_activations() -> None:
     views = batch(0, torch.float64).views
     method = _method("moco_v1").train()
     torch.manual_seed(5)
-    loss, _ = backward_in_parts(method, views, 1)
+    loss, _ = backward_in_parts(method, views, 1, nullcontext())
     whole = _method("moco_v1").train()
     torch.manual_seed(5)
     expected, _ = whole(batch(0, torch.float64))
