@@ -18,20 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-UNIFORMS_PER_VIEW = 36  # a multiple of 4: Philox makes four 64-bit words at a time
+from pipeline.data.randaugment import BINS, rand_augment
+
+Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
+
+UNIFORMS_PER_VIEW = 40  # a multiple of 4: Philox makes four 64-bit words at a time
 
 # What each uniform of a view decides. Ten tries at a crop, two uniforms each, come first.
 _CROP_TRIES = 10
 _TOP, _LEFT, _FLIP = 20, 21, 22
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER = 23, 24, 25, 26, 27, 28
 _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 29, 30, 31, 32
+_RANDAUGMENT = 33  # up to three operations, two uniforms each
 
 _ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as PIL and torchvision
 _IDENTITY = np.eye(3, dtype=np.float32)
 _SOLARIZED = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
-
-Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
 
 class View(BaseModel):
@@ -57,6 +60,8 @@ class View(BaseModel):
     blur: float = Field(default=0.5, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = Field(default=0.0, ge=0, le=1)
+    randaugment: int = Field(default=0, ge=0, le=3)  # operations, after crop and flip
+    randaugment_magnitude: int = Field(default=9, ge=0, lt=BINS)
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -69,6 +74,35 @@ class View(BaseModel):
                     f"the default is {View.model_fields[name].default}"
                 )
         return self
+
+
+RECIPES: dict[str, tuple[View, ...]] = {
+    "simclr": (View(count=2),),
+    # MoCo v1, arXiv:1911.05722, and v2; v1 turns gray before the jitter, which has the same distribution but for hue.
+    "moco-v1": (
+        View(count=2, crop_scale=(0.2, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),
+    ),
+    "moco-v2": (View(count=2, crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),),
+    "byol": (
+        View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
+        View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
+    ),
+    "swav": (View(count=2, crop_scale=(0.14, 1.0)), View(count=6, size=96, crop_scale=(0.05, 0.14))),
+    "randaugment": (
+        View(count=2, jitter=0, grayscale=0, blur=0, randaugment=2, randaugment_magnitude=9),
+    ),  # its paper's N and M for ResNet-50
+    # 28 to 32 px: SimCLR's appendix B.9 (half the colour strength, no blur).
+    "simclr-small": (View(count=2, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0),),
+}
+
+
+def named_views(value: Any) -> Any:
+    """The views of a recipe for its name; anything else as it is. ValueError lists the recipes."""
+    if not isinstance(value, str):
+        return value
+    if value not in RECIPES:
+        raise ValueError(f"no views {value!r}; recipes are {', '.join(RECIPES)}, or give a list of views")
+    return RECIPES[value]
 
 
 class Augmenter:
@@ -94,6 +128,9 @@ def augment(image: Pixels, view: View, size: int, u: Sequence[float]) -> Pixels:
     x = resize(image[top : top + height, left : left + width], size)
     if u[_FLIP] < view.flip:
         x = cv2.flip(x, 1)
+    for operation in range(view.randaugment):
+        at = _RANDAUGMENT + 2 * operation
+        x = rand_augment(x, view.randaugment_magnitude, u[at], u[at + 1])
     if u[_JITTER] < view.jitter:
         for operation in _ORDERS[int(u[_ORDER] * len(_ORDERS))]:
             x = _JITTERS[operation](x, view, u)
@@ -131,9 +168,9 @@ def resize(image: Pixels, height: int, width: int | None = None) -> Pixels:
     an exact one (300 against 800 us from 480 x 370 to 224).
     """
     width = height if width is None else width
-    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:  # averages of 2 x 2: exact and quick
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:  # averages of 2 x 2 are quick
         half = (image.shape[1] // 2, image.shape[0] // 2)
-        image = cv2.resize(image[: 2 * half[1], : 2 * half[0]], half, interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, half, interpolation=cv2.INTER_AREA)
     if image.shape[:2] == (height, width):
         return image
     taps = [
@@ -183,7 +220,7 @@ def adjust_hue(image: Pixels, shift: float) -> Pixels:
 def _affine(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixels:
     full = np.empty((3, 4), np.float32)
     full[:, :3] = matrix
-    full[:, 3] = offset - 0.5  # torchvision truncates, OpenCV rounds
+    full[:, 3] = offset - 0.499  # torchvision truncates, OpenCV rounds; whole numbers stay
     return cv2.transform(image, full)
 
 

@@ -9,11 +9,11 @@ import pkgutil
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.views import View
+from pipeline.data.views import View, named_views
 from pipeline.models.backbone import Backbone
 
 
@@ -23,7 +23,9 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    views: tuple[View, ...]
+    views: tuple[View, ...]  # a list of views, or the name of a recipe in pipeline/data/views.py
+
+    _named_views = field_validator("views", mode="before")(named_views)
 
 
 class Method(nn.Module, ABC):

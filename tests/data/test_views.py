@@ -1,0 +1,184 @@
+"""Views against torchvision: the same parameters, mean |difference| below 1 of 255, by operation and whole."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torchvision.transforms import RandAugment, RandomResizedCrop
+from torchvision.transforms import functional as F
+from torchvision.transforms.functional import InterpolationMode
+from torchvision.transforms.v2 import functional as F2
+
+from pipeline.data import randaugment, views
+from pipeline.data.views import RECIPES, Augmenter, View, augment, crop_box
+from pipeline.methods.base import MethodConfig
+from tests.data.images import photo
+
+SIZES = [(300, 400), (224, 224), (97, 60)]
+
+
+def tensor(image: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+
+
+def difference(ours: NDArray[np.uint8], oracle: torch.Tensor) -> float:
+    """Mean |difference|, of 255."""
+    assert ours.shape == oracle.permute(1, 2, 0).shape
+    return float(np.abs(ours.astype(int) - oracle.permute(1, 2, 0).numpy().astype(int)).mean())
+
+
+@pytest.mark.parametrize("size", [(300, 400), (375, 500), (240, 230), (100, 130), (224, 224), (900, 1100), (230, 500)])
+@pytest.mark.parametrize("target", [224, 96])
+def test_resize(size: tuple[int, int], target: int) -> None:
+    image = photo(*size, seed=1)
+    oracle = F2.resize(tensor(image), [target, target], antialias=True)
+    assert difference(views.resize(image, target), oracle) < 1
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.7, 1.0, 1.3, 1.8])
+def test_colours(factor: float) -> None:
+    for seed, size in enumerate(SIZES):
+        image = photo(*size, seed=seed)
+        x = tensor(image)
+        assert difference(views.adjust_brightness(image, factor), F.adjust_brightness(x, factor)) < 0.5
+        assert difference(views.adjust_contrast(image, factor), F.adjust_contrast(x, factor)) < 0.5
+        assert difference(views.adjust_saturation(image, factor), F.adjust_saturation(x, factor)) < 0.5
+
+
+@pytest.mark.parametrize("shift", [-0.2, -0.05, 0.0, 0.1, 0.4, 0.5])
+def test_hue(shift: float) -> None:
+    image = photo(224, 224)
+    assert difference(views.adjust_hue(image, shift), F.adjust_hue(tensor(image), shift)) < 0.9
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 1.0, 1.5, 2.0])
+def test_blur(sigma: float) -> None:
+    for side, kernel in ((224, 23), (96, 9)):
+        image = photo(side, side)
+        assert difference(views.blur(image, sigma), F.gaussian_blur(tensor(image), [kernel] * 2, [sigma] * 2)) < 0.5
+
+
+def uniforms(view: View, seed: int) -> list[float]:
+    return np.random.default_rng(seed).random(views.UNIFORMS_PER_VIEW).tolist()
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("recipe", ["simclr", "moco-v1", "moco-v2", "byol", "swav", "simclr-small"])
+def test_a_whole_view_is_torchvision_s_with_the_same_draws(recipe: str, seed: int) -> None:
+    """Everything in sequence; roundings of up to eight operations add up to no more than 1.5 of 255."""
+    view = RECIPES[recipe][seed % len(RECIPES[recipe])]
+    size = view.size or (32 if recipe == "simclr-small" else 224)
+    image = photo(*((32, 32) if size == 32 else (300, 400)), seed=seed % 5)
+    u = uniforms(view, seed)
+    top, left, height, width = crop_box(view, *image.shape[:2], u)
+    x = F2.resized_crop(tensor(image), top, left, height, width, [size, size], antialias=True)
+    if u[22] < view.flip:
+        x = F.hflip(x)
+    if u[23] < view.jitter:
+        low = [max(0, 1 - s) for s in (view.brightness, view.contrast, view.saturation)]
+        high = [1 + s for s in (view.brightness, view.contrast, view.saturation)]
+        b, c, s = (lo + (hi - lo) * v for lo, hi, v in zip(low, high, u[24:27], strict=True))
+        operations = [
+            lambda x: F.adjust_brightness(x, b),
+            lambda x: F.adjust_contrast(x, c),
+            lambda x: F.adjust_saturation(x, s),
+            lambda x: F.adjust_hue(x, view.hue * (2 * u[27] - 1)),
+        ]
+        for index in views._ORDERS[int(u[28] * 24)]:
+            x = operations[index](x)
+    if u[29] < view.grayscale:
+        x = F.rgb_to_grayscale(x, 3)
+    if u[30] < view.blur:
+        sigma = view.blur_sigma[0] + (view.blur_sigma[1] - view.blur_sigma[0]) * u[31]
+        x = F.gaussian_blur(x, [size // 10 | 1] * 2, [sigma] * 2)
+    if u[32] < view.solarize:
+        x = F.solarize(x, 128)
+    assert difference(augment(image, view, size, u), x) < 1.5
+
+
+def test_crops_are_distributed_as_torchvision_s() -> None:
+    """Areas, ratios and positions of 4,000 crops: Kolmogorov-Smirnov distance below the 0.1 % critical value."""
+    view, height, width, n = View(), 300, 400, 4000
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(n)])
+    ours = np.array([crop_box(view, height, width, uniforms(view, seed)) for seed in range(n)])
+    critical = 1.95 * math.sqrt(2 / n)
+    for statistic in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 3] / box[:, 2],
+        lambda box: box[:, 0] / np.maximum(height - box[:, 2], 1),
+        lambda box: box[:, 1] / np.maximum(width - box[:, 3], 1),
+    ):
+        grid = np.sort(np.concatenate([statistic(ours), statistic(theirs)]))
+        cdfs = [np.searchsorted(np.sort(statistic(boxes)), grid, side="right") / n for boxes in (ours, theirs)]
+        assert np.abs(cdfs[0] - cdfs[1]).max() < critical
+
+
+def test_operations_come_as_often_as_configured() -> None:
+    """A black and white image tells flips, a gray one solarisation; 2,000 draws, five standard deviations."""
+    view = View(crop_scale=(1, 1), crop_ratio=(1, 1), jitter=0, grayscale=0, blur=0, solarize=0.2)
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, :8] = 100  # below the threshold, so solarisation leaves both levels
+    image[0, :] = 200
+    out = [augment(image, view, 16, uniforms(view, seed)) for seed in range(2000)]
+    flips = sum(int(x[8, 0, 0] == 0) for x in out)
+    solarized = sum(int(x[0, 0, 0] == 55) for x in out)
+    assert abs(flips - 1000) < 5 * math.sqrt(2000 * 0.25)
+    assert abs(solarized - 400) < 5 * math.sqrt(2000 * 0.16)
+
+
+@pytest.mark.parametrize("name", randaugment.OPERATIONS)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("magnitude", [0, 9, 20, 30])
+def test_randaugment_s_operations(name: str, sign: float, magnitude: int) -> None:
+    from torchvision.transforms.autoaugment import _apply_op
+
+    image = photo(120, 150, seed=3)
+    space = RandAugment()._augmentation_space(31, (120, 150))
+    strengths, signed = space[name]
+    strength = float(strengths[magnitude]) if strengths.ndim else 0.0
+    oracle = _apply_op(tensor(image), name, sign * strength if signed else strength, InterpolationMode.NEAREST, None)
+    assert difference(randaugment.OPERATIONS[name](image, magnitude / 30, sign), oracle) < 1.0
+
+
+def test_randaugment_draws_every_operation() -> None:
+    image = photo(32, 32)
+    view = RECIPES["randaugment"][0]
+    assert len({augment(image, view, 32, uniforms(view, seed)).tobytes() for seed in range(50)}) > 45
+    drawn = {list(randaugment.OPERATIONS)[int(u * len(randaugment.OPERATIONS))] for u in np.linspace(0, 0.9999, 100)}
+    assert drawn == set(randaugment.OPERATIONS)
+
+
+def test_the_source_image_is_left_alone() -> None:
+    image = photo(40, 40)
+    before = image.copy()
+    augmenter = Augmenter(RECIPES["byol"], 40)
+    for seed in range(30):
+        augmenter(image, np.random.default_rng(seed).random(augmenter.num_uniforms))
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 3), (9, 4000)])
+def test_images_of_any_shape_become_views(shape: tuple[int, int]) -> None:
+    image = photo(*shape)
+    for seed in range(20):
+        view = RECIPES["simclr"][0]
+        assert augment(image, view, 24, uniforms(view, seed)).shape == (24, 24, 3)
+
+
+def test_recipes_by_name_and_what_is_wrong_is_named() -> None:
+    assert MethodConfig.model_validate({"name": "simclr", "views": "byol"}).views == RECIPES["byol"]
+    assert MethodConfig.model_validate({"name": "simclr", "views": [{"count": 2}]}).views == RECIPES["simclr"]
+    assert [sum(v.count for v in RECIPES[name]) for name in ("simclr", "byol", "swav")] == [2, 2, 8]
+    for bad, words in (
+        ("nope", "recipes are simclr"),
+        ([{"crop_scale": [0.5, 0.1]}], r"crop_scale=\(0.5, 0.1\)"),
+        ([{"blur_sigma": [0, 1]}], "blur_sigma"),
+        ([{"hue": 0.6}], "0.5"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            MethodConfig.model_validate({"name": "simclr", "views": bad})
