@@ -1,0 +1,122 @@
+"""What image sets really hold: PIL is the oracle, and what cannot be used is refused with the reason."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.data.decode import UndecodableError, decode
+from tests.data.images import jpeg, photo, png
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def oracle(data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+RGB = Image.fromarray(photo(60, 80))
+
+
+def with_orientation(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(RGB, "JPEG", quality=95, exif=exif)
+
+
+FILES = {
+    "jpeg": encoded(RGB, "JPEG", quality=90),
+    "progressive jpeg": encoded(RGB, "JPEG", quality=90, progressive=True),
+    "gray jpeg": encoded(RGB.convert("L"), "JPEG"),
+    "cmyk jpeg": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
+    "png": encoded(RGB, "PNG"),
+    "gray png": encoded(RGB.convert("L"), "PNG"),
+    "png with alpha": encoded(RGB.convert("RGBA"), "PNG"),
+    "palette png": encoded(RGB.convert("P"), "PNG"),
+    "1-bit png": encoded(RGB.convert("1"), "PNG"),
+    "webp": encoded(RGB, "WEBP", lossless=True),
+    "gif": encoded(RGB.convert("P"), "GIF"),
+    "bmp": encoded(RGB, "BMP"),
+    "tiff": encoded(RGB, "TIFF"),
+    "1 x 1 png": encoded(RGB.resize((1, 1)), "PNG"),
+    "1 x 1 jpeg": encoded(RGB.resize((1, 1)), "JPEG"),
+    **{f"exif orientation {n}": with_orientation(n) for n in range(1, 9)},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_decodes_as_pil_does(name: str) -> None:
+    ours, expected = decode(FILES[name]), oracle(FILES[name])
+    assert ours.shape == expected.shape
+    assert ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - expected).mean() < 1.0
+
+
+def test_16_bit_keeps_the_high_byte() -> None:
+    deep = (photo(20, 30).astype(np.uint16) << 8) + 77
+    assert np.array_equal(decode(cv2.imencode(".png", deep[..., ::-1])[1].tobytes()), photo(20, 30))
+    gray = np.ascontiguousarray(deep[..., 0])
+    assert np.array_equal(decode(cv2.imencode(".png", gray)[1].tobytes())[..., 1], photo(20, 30)[..., 0])
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG file that says it is huge."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rest = png(photo(8, 8))[33:]
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + rest
+
+
+def lying_jpeg() -> bytes:
+    data = bytearray(jpeg(photo(16, 16)))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"GARBAGE" * 20, "no image format that is known"),
+        (b"\xff\xd8", "without a frame header"),
+        (jpeg(photo(60, 80))[:900], "truncated"),
+        (png(photo(60, 80))[:900], "truncated"),
+        (bomb(30_000, 30_000), "30000 x 30000 pixels; at most"),
+        (lying_jpeg(), "60000 x 60000 pixels; at most"),
+        (encoded(RGB, "WEBP")[:200], "unreadable|damaged"),
+        (encoded(RGB, "TIFF")[:2000], "image|header"),
+    ],
+    ids=["empty", "garbage", "2 bytes", "cut jpeg", "cut png", "bomb", "lying jpeg", "cut webp", "cut tiff"],
+)
+def test_what_cannot_be_used_says_why(data: bytes, reason: str) -> None:
+    with pytest.raises(UndecodableError, match=reason):
+        decode(data)
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(png(photo(60, 80)))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(UndecodableError, match="damaged"):
+        decode(bytes(data))
+
+
+@pytest.mark.parametrize(("side", "expected"), [(447, 447), (448, 224), (895, 448), (1792, 224)])
+def test_large_jpegs_come_reduced_as_far_as_the_views_allow(side: int, expected: int) -> None:
+    image = decode(jpeg(photo(side, side)), min_crop_area=1.0, size=224)
+    assert image.shape == (expected, expected, 3)
+    full = cv2.resize(photo(side, side), (expected, expected), interpolation=cv2.INTER_AREA)
+    assert np.abs(image.astype(int) - full).mean() < 6, "the same picture, JPEG's loss apart"
+
+
+def test_small_crops_forbid_the_reduction() -> None:
+    assert decode(jpeg(photo(600, 600)), min_crop_area=0.08, size=224).shape == (600, 600, 3)
