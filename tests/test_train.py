@@ -88,7 +88,7 @@ def test_two_ranks_follow_the_trajectory_of_one(config: Config, tmp_path: Path) 
 
 def test_a_checkpoint_of_other_data_is_refused(config: Config, tmp_path: Path) -> None:
     run(override(config, ["train.epochs=1"]), str(tmp_path))
-    with pytest.raises(CheckpointError, match="seed 0 .* not seed 5 .* another name"):
+    with pytest.raises(CheckpointError, match=r"seed 0 .* not seed 5 .* another name"):
         run(override(config, ["train.epochs=1", "seed=5"]), str(tmp_path))
 
 
