@@ -92,6 +92,7 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
         trainer,  # Ray takes 3 s to import; a mistake in the config should not cost them
     )
     from pipeline.cluster.connection import connected
+    from pipeline.cluster.inbox import Report, WorkerFailure
 
     done = run.checkpoints.latest_step()
     print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
@@ -101,8 +102,8 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
     )
     display = ProgressDisplay(config.train.global_batch_size)
 
-    def on_report(report: trainer.Report) -> None:
-        if isinstance(report, trainer.WorkerFailure):
+    def on_report(report: Report) -> None:
+        if isinstance(report, WorkerFailure):
             display.note(f"rank {report.rank} failed, the group restarts: {report.reason.splitlines()[0]}")
         else:
             display.show(report)
@@ -139,12 +140,14 @@ dry run of {run.id}: everything is in place, nothing was trained
 def print_summary(config: Config, run: Run, entry: Registration, seconds: float | None = None) -> None:
     """Where everything is, and what to type next."""
     model = f"models:/{entry.name}@{entry.alias}"
+    is_server = entry.tracking_uri.startswith("http")
+    browse = entry.tracking_uri if is_server else f"mlflow ui --backend-store-uri {entry.tracking_uri}"
     print(f"""\
 {"-" * 78}
 {run.id} is complete{f" after {seconds / 60:.1f} min" if seconds is not None else ""}
   encoder   {model}  (version {entry.version}, {entry.model_uri})
   files     {run.encoder_url}
-  metrics   mlflow ui --backend-store-uri {entry.tracking_uri}
+  metrics   {browse}
   next      python -m jobs.embed --model {model} \\
               --tracking-uri {entry.tracking_uri} \\
               --data {config.shards_url} --out {config.storage.url}/embeddings

