@@ -22,7 +22,7 @@ from pipeline.data.randaugment import BINS, rand_augment
 
 Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
-UNIFORMS_PER_VIEW = 40  # a multiple of 4: Philox makes four 64-bit words at a time
+UNIFORMS_PER_VIEW = 44  # a multiple of 4: Philox makes four 64-bit words at a time
 
 # What each uniform of a view decides. Ten tries at a crop, two uniforms each, come first.
 _CROP_TRIES = 10
@@ -30,6 +30,7 @@ _TOP, _LEFT, _FLIP = 20, 21, 22
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER = 23, 24, 25, 26, 27, 28
 _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 29, 30, 31, 32
 _RANDAUGMENT = 33  # up to three operations, two uniforms each
+_AFFINE, _ROTATE, _SHEAR = 39, 40, 41
 
 _ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as PIL and torchvision
@@ -51,6 +52,9 @@ class View(BaseModel):
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)  # probability of a horizontal flip
+    affine: float = Field(default=0.0, ge=0, le=1)  # probability of a rotation and shear (digits, medical images)
+    rotate: float = Field(default=20.0, ge=0, le=180)  # degrees, at most, either way
+    shear: float = Field(default=20.0, ge=0, lt=90)  # degrees, at most, either way, horizontally
     jitter: float = Field(default=0.8, ge=0, le=1)  # probability of colour jitter
     brightness: float = Field(default=0.8, ge=0)
     contrast: float = Field(default=0.8, ge=0)
@@ -128,6 +132,8 @@ def augment(image: Pixels, view: View, size: int, u: Sequence[float]) -> Pixels:
     x = resize(image[top : top + height, left : left + width], size)
     if u[_FLIP] < view.flip:
         x = cv2.flip(x, 1)
+    if u[_AFFINE] < view.affine:
+        x = affine(x, view.rotate * (2 * u[_ROTATE] - 1), view.shear * (2 * u[_SHEAR] - 1))
     for operation in range(view.randaugment):
         at = _RANDAUGMENT + 2 * operation
         x = rand_augment(x, view.randaugment_magnitude, u[at], u[at + 1])
@@ -180,6 +186,16 @@ def resize(image: Pixels, height: int, width: int | None = None) -> Pixels:
         rows, columns = (np.array([min(a, 0.33), 1 - 2 * min(a, 0.33), min(a, 0.33)], np.float32) for a in taps)
         image = cv2.sepFilter2D(image, -1, columns, rows, borderType=cv2.BORDER_REPLICATE)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def affine(image: Pixels, rotate: float, shear: float) -> Pixels:
+    """Bilinear rotation and horizontal shear, in degrees, around the centre of (H, W, 3); filled with black."""
+    rotation, tan = math.radians(rotate), math.tan(math.radians(shear))
+    cos, sin = math.cos(rotation), math.sin(rotation)
+    matrix = np.array([[cos, -cos * tan - sin], [sin, cos - sin * tan]])
+    centre = np.array([image.shape[1] - 1, image.shape[0] - 1]) / 2
+    forward = np.column_stack([matrix, centre - matrix @ centre])
+    return cv2.warpAffine(image, forward, image.shape[1::-1], flags=cv2.INTER_LINEAR)
 
 
 def blur(image: Pixels, sigma: float) -> Pixels:

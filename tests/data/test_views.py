@@ -61,6 +61,13 @@ def test_blur(sigma: float) -> None:
         assert difference(views.blur(image, sigma), F.gaussian_blur(tensor(image), [kernel] * 2, [sigma] * 2)) < 0.5
 
 
+@pytest.mark.parametrize(("rotate", "shear"), [(0, 0), (20, 0), (-33, 0), (0, 15), (12, -20), (90, 10)])
+def test_affine(rotate: float, shear: float) -> None:
+    image = photo(128, 96)
+    oracle = F.affine(tensor(image), rotate, [0, 0], 1.0, [shear, 0], InterpolationMode.BILINEAR)
+    assert difference(views.affine(image, rotate, shear), oracle) < 1
+
+
 def uniforms(view: View, seed: int) -> list[float]:
     return np.random.default_rng(seed).random(views.UNIFORMS_PER_VIEW).tolist()
 
