@@ -48,6 +48,17 @@ def moco_v3_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     return 2 * temperature * (candidates - own).mean()
 
 
+def freeze_patch_embed(backbone: Backbone) -> None:
+    """ValueError if the backbone is no ViT."""
+    patch_embed = dict(backbone.net.named_children()).get("patch_embed")
+    if patch_embed is None:
+        raise ValueError(
+            f"method.freeze_patch_embed=true needs a vision transformer, and {backbone.config.name} has no patch "
+            "embedding; use model.name=vit_small_patch16_224 or method.freeze_patch_embed=false"
+        )
+    patch_embed.requires_grad_(False)
+
+
 class MoCoV3(Method):
     """online: backbone -> projection -> prediction; keys: momentum copies of the first two."""
 
@@ -57,7 +68,7 @@ class MoCoV3(Method):
         super().__init__(backbone, config)
         self.temperature = config.temperature
         if config.freeze_patch_embed:
-            backbone.get_submodule("net.patch_embed").requires_grad_(False)
+            freeze_patch_embed(backbone)
         width, hidden, out = backbone.feature_dim, config.hidden_dim, config.projection_dim
         self.projection_head = mlp([width, *[hidden] * (config.projection_layers - 1), out], last_bn="plain")
         last_bn: Literal["plain", "none"] = "plain" if config.predictor_bn else "none"

@@ -1,0 +1,81 @@
+"""The shipped recipes: each builds, around each architecture, with the head shapes that its paper draws."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import load_config, override
+from pipeline.methods.base import Method, method_class
+from pipeline.models.backbone import BackboneConfig, random_backbone
+from pipeline.optim import peak_lr
+from tests.methods.invariance import CONFIGS
+
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+ARCHITECTURES = ["resnet18", "resnet50", "vit_small_patch16_224", "vit_base_patch16_224"]
+
+
+def _build(path: Path, *overrides: str) -> Method:
+    """On the meta device: shapes without memory (Barlow Twins' head alone has 150 million weights)."""
+    config = override(load_config(path), list(overrides))
+    with torch.device("meta"):
+        backbone = random_backbone(config.model, seed=0)
+        return method_class(config.method.name)(backbone, config.method)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("path", [p for p in RECIPES if "resnet50" in p.stem], ids=lambda p: p.stem)
+def test_every_recipe_takes_every_architecture(path: Path, architecture: str) -> None:
+    method = _build(path, f"model.name={architecture}")
+    assert _linears(method.projection_head)[0][0] == method.backbone.feature_dim
+
+
+def _linears(module: nn.Module) -> list[tuple[int, int]]:
+    return [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "projection", "prediction"),
+    [
+        ("simclr-resnet50-224", [2048, 2048, 128], None),
+        ("moco_v1-resnet50-224", [2048, 128], None),
+        ("moco_v2-resnet50-224", [2048, 2048, 128], None),
+        ("moco_v3-resnet50-224", [2048, 4096, 256], [256, 4096, 256]),
+        ("moco_v3-vit_small-224", [384, 4096, 4096, 256], [256, 4096, 256]),
+        ("byol-resnet50-224", [2048, 4096, 256], [256, 4096, 256]),
+        ("simsiam-resnet50-224", [2048, 2048, 2048, 2048], [2048, 512, 2048]),
+        ("vicreg-resnet50-224", [2048, 8192, 8192, 8192], None),
+        ("barlow-resnet50-224", [2048, 8192, 8192, 8192], None),
+    ],
+)
+def test_heads_have_the_widths_of_the_papers(recipe: str, projection: list[int], prediction: list[int] | None) -> None:
+    method = _build(CONFIGS / f"{recipe}.yaml")
+    assert _linears(method.projection_head) == list(itertools.pairwise(projection))
+    if prediction:
+        assert _linears(method.predictor) == list(itertools.pairwise(prediction))
+    else:
+        assert not hasattr(method, "predictor")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "peak"),
+    [("simclr", 4.8), ("moco_v1", 0.03), ("moco_v2", 0.03), ("moco_v3", 9.6), ("byol", 3.2), ("simsiam", 0.1),
+     ("vicreg", 1.6), ("barlow", 1.6)],
+)  # fmt: skip
+def test_peak_learning_rates_are_the_papers(recipe: str, peak: float) -> None:
+    config = load_config(CONFIGS / f"{recipe}-resnet50-224.yaml")
+    assert peak_lr(config.optim, config.train.global_batch_size) == pytest.approx(peak)
+
+
+def test_moco_v3_freezes_the_patch_embedding_of_a_vit_and_says_where_there_is_none() -> None:
+    method = _build(CONFIGS / "moco_v3-vit_small-224.yaml")
+    frozen = {name for name, p in method.backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"net.patch_embed.proj.weight", "net.patch_embed.proj.bias"}
+    cls = method_class("moco_v3")
+    with pytest.raises(ValueError, match=r"freeze_patch_embed=true needs a vision transformer, and resnet10t has"):
+        cls(
+            random_backbone(BackboneConfig(name="resnet10t"), 0),
+            cls.Config.model_validate({"name": "moco_v3", "freeze_patch_embed": True}),
+        )
