@@ -11,7 +11,7 @@ from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import AUGMENT_STREAM, Plan, philox_key
-from pipeline.data.reader import Block, BlockReader, blocks_ahead
+from pipeline.data.reader import Block, LaneReader
 from pipeline.data.views import Augmenter, Pixels, View
 from pipeline.errors import UserError
 
@@ -54,9 +54,9 @@ class Assembler:
         fetch = open_fetch(manifest)
         if mirror is not None:
             fetch = MirrorFetch(manifest, fetch, mirror)
-        self._reader = BlockReader(manifest, self._samples, self._plan, fetch)
         per_lane = self._plan.batch_per_lane
-        self._lanes = range(rows.start // per_lane, -(-rows.end // per_lane))
+        lanes = range(rows.start // per_lane, -(-rows.end // per_lane))
+        self._reader = LaneReader(manifest, self._samples, self._plan, fetch, lanes)
 
     def fill(
         self, step: int, end_step: int, views: list[NDArray[np.uint8]], sample_ids: NDArray[np.int64]
@@ -68,15 +68,14 @@ class Assembler:
         """
         plan, rows = self._plan, self._rows
         epoch, local = divmod(step, plan.steps_per_epoch)
-        self._reader.want(blocks_ahead(plan, self._lanes, step, end_step))
+        blocks = self._reader.at(step, end_step)
         uniforms = self._uniforms(epoch, local * plan.global_batch_size + rows.start, rows.end - rows.start)
         bad: list[BadSample] = []
         for row in range(rows.end - rows.start):
             lane, within = divmod(rows.start + row, plan.batch_per_lane)
-            key = (epoch, lane, plan.block_of(local, lane))
-            ids = plan.block_ids(*key)
-            at = plan.position_in_block(local, lane) + within
-            sample_ids[row], image = self._decode_or_replace(ids, at, self._reader[key], bad)
+            block = blocks[lane]
+            at = local * plan.batch_per_lane + within - block.start
+            sample_ids[row], image = self._decode_or_replace(block, at, bad)
             for out, view in zip(views, self._augmenter(image, uniforms[row]), strict=True):
                 write_planes(view, out[row])
         return bad
@@ -85,19 +84,18 @@ class Assembler:
         """Stop reading ahead."""
         self._reader.close()
 
-    def _decode_or_replace(
-        self, ids: NDArray[np.int64], at: int, block: Block, bad: list[BadSample]
-    ) -> tuple[int, Pixels]:
-        for after in range(len(ids)):
-            sample_id = int(ids[(at + after) % len(ids)])
+    def _decode_or_replace(self, block: Block, at: int, bad: list[BadSample]) -> tuple[int, Pixels]:
+        for after in range(len(block.ids)):
+            place = (at + after) % len(block.ids)
             try:
-                image = decode(block[sample_id], self._augmenter.min_crop_area, self._augmenter.decode_size)
+                image = decode(block.payloads[place], self._augmenter.min_crop_area, self._augmenter.decode_size)
             except UndecodableError as error:
+                sample_id = block.ids[place]
                 shard = self._manifest.shards.name[self._samples.shard[sample_id - self._samples.first_id]]
                 bad.append(BadSample(sample_id, shard, str(error)))
             else:
-                return sample_id, image
-        raise BadSamplesError(f"not one of {len(ids)} neighbouring samples can be decoded, e.g. {bad[-1]}")
+                return block.ids[place], image
+        raise BadSamplesError(f"not one of {len(block.ids)} neighbouring samples can be decoded, e.g. {bad[-1]}")
 
     def _uniforms(self, epoch: int, position: int, count: int) -> NDArray[np.float64]:
         """(count, num_uniforms) in [0, 1): rows of a table that only (seed, epoch, position) index."""

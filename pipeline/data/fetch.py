@@ -37,11 +37,18 @@ class ReplacedError(StorageError):
 class Fetch(Protocol):
     """Reads ranges of a manifest's shards; safe to call from several threads."""
 
-    def __call__(self, shard: int, start: int, end: int) -> memoryview:
-        """Bytes [start, end) of a shard. StorageError where they cannot be had."""
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the shard's bytes from ``start`` on. StorageError where they cannot be had."""
 
-    def again(self, shard: int, start: int, end: int) -> memoryview:
+    def refill(self, shard: int, start: int, buffer: memoryview) -> None:
         """The same from the source, past any copy: the checksum of what came first was wrong."""
+
+
+def read_range(fetch: Fetch, shard: int, start: int, end: int) -> memoryview:
+    """Bytes [start, end) of a shard, in memory of their own."""
+    buffer = np.empty(end - start, np.uint8).data  # bytearray would clear it first
+    fetch.fill(shard, start, buffer)
+    return buffer
 
 
 def open_fetch(manifest: Manifest) -> Fetch:
@@ -59,12 +66,11 @@ class LocalFetch:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
-    def __call__(self, shard: int, start: int, end: int) -> memoryview:
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         path = Path(self._manifest.shard_url(shard))
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(start)
-                buffer = np.empty(end - start, np.uint8).data  # bytearray would clear it first
                 filled = 0
                 while count := file.readinto(buffer[filled:]):
                     filled += count
@@ -72,11 +78,10 @@ class LocalFetch:
             raise MissingError(f"the shard {path} is missing; its manifest lists it") from error
         except OSError as error:
             raise StorageError(f"cannot read the shard {path}: {error}") from error
-        if filled < end - start:
+        if filled < len(buffer):
             raise _too_short(self._manifest, shard, start + filled)
-        return buffer
 
-    again = __call__
+    refill = fill
 
 
 class StorageFetch:
@@ -85,17 +90,18 @@ class StorageFetch:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
-    def __call__(self, shard: int, start: int, end: int) -> memoryview:
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         patience = _Patience(self._manifest.shard_url(shard))
         while True:
             try:
-                return memoryview(storage.read_range(self._manifest.shard_url(shard), start, end))
+                buffer[:] = storage.read_range(self._manifest.shard_url(shard), start, start + len(buffer))
+                return
             except (MissingError, DeniedError, storage.ShortError):
                 raise
             except StorageError as error:
                 patience.pause(error)
 
-    again = __call__
+    refill = fill
 
 
 class HttpFetch:
@@ -107,14 +113,13 @@ class HttpFetch:
         self._signed: dict[int, tuple[str, float]] = {}  # shard -> URL, when it was signed
         self._local = threading.local()
 
-    def __call__(self, shard: int, start: int, end: int) -> memoryview:
-        buffer = np.empty(end - start, np.uint8).data
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         patience = _Patience(self._manifest.shard_url(shard))
         filled = 0
         while filled < len(buffer):
             before = filled
             try:
-                response = self._request(shard, start + filled, end)
+                response = self._request(shard, start + filled, start + len(buffer))
                 while filled < len(buffer):
                     count = response.readinto(buffer[filled : filled + _READ_BYTES])
                     if not count:
@@ -126,9 +131,8 @@ class HttpFetch:
                 if filled > before:
                     patience.renew()
                 patience.pause(error)
-        return buffer
 
-    again = __call__
+    refill = fill
 
     def _request(self, shard: int, start: int, end: int) -> http.client.HTTPResponse:
         """A response whose body is the range. OSError or HTTPException if trying again may help."""

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from isal.isal_zlib import crc32
 
 from pipeline import storage
-from pipeline.data.fetch import Fetch, open_fetch
+from pipeline.data.fetch import Fetch, open_fetch, read_range
 from pipeline.data.manifest import Manifest, build_manifest
 from pipeline.data.sources import IMAGE_EXTENSIONS
 from pipeline.data.writer import ShardRows, commit_manifest
@@ -238,7 +238,7 @@ class _Stream:
             at = self.position - self._chunk_start
             if at >= len(self._chunk):
                 end = min(self.position + _READ_BYTES, self._size)
-                self._chunk, self._chunk_start = self._fetch(self._shard, self.position, end), self.position
+                self._chunk, self._chunk_start = read_range(self._fetch, self._shard, self.position, end), self.position
                 at = 0
             part = self._chunk[at : at + count]
             self.position += len(part)

@@ -11,10 +11,9 @@ import random
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.data.fetch import Fetch
+from pipeline.data.fetch import Fetch, read_range
 from pipeline.data.manifest import Manifest
 from pipeline.storage import StorageError
 
@@ -52,19 +51,19 @@ class MirrorFetch:
         except OSError as error:
             raise StorageError(f"the mirror {self._folder} cannot be written: {error}") from error
 
-    def __call__(self, shard: int, start: int, end: int) -> memoryview:
-        buffer = np.empty(end - start, np.uint8).data
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
+        """Copy what is there, read what is missing in whole chunks and keep it."""
+        end = start + len(buffer)
         chunks = list(range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)))
         missing = [chunk for chunk in chunks if not self._copy(shard, chunk, start, end, buffer)]
         for first, last in _consecutive(missing):
-            self._fill(shard, first, last, start, end, buffer)
-        return buffer
+            self._read(shard, first, last, start, end, buffer)
 
-    def again(self, shard: int, start: int, end: int) -> memoryview:
+    def refill(self, shard: int, start: int, buffer: memoryview) -> None:
         """From the source; the chunks in doubt leave the mirror."""
-        for chunk in range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
+        for chunk in range(start // CHUNK_BYTES, -(-(start + len(buffer)) // CHUNK_BYTES)):
             self._path(shard, chunk).unlink(missing_ok=True)
-        return self._source.again(shard, start, end)
+        self._source.refill(shard, start, buffer)
 
     def _copy(self, shard: int, chunk: int, start: int, end: int, buffer: memoryview) -> bool:
         """Copy what [start, end) shares with a chunk from the mirror; False where the mirror lacks it."""
@@ -78,11 +77,11 @@ class MirrorFetch:
             return False
         return complete
 
-    def _fill(self, shard: int, first: int, last: int, start: int, end: int, buffer: memoryview) -> None:
+    def _read(self, shard: int, first: int, last: int, start: int, end: int, buffer: memoryview) -> None:
         """Read chunks [first, last] whole, keep them, copy what [start, end) needs."""
         base = first * CHUNK_BYTES
         size = int(self._manifest.shards.size[shard])
-        data = self._source(shard, base, min((last + 1) * CHUNK_BYTES, size))
+        data = read_range(self._source, shard, base, min((last + 1) * CHUNK_BYTES, size))
         for chunk in range(first, last + 1):
             low, high = self._overlap(shard, chunk, start, end)
             buffer[low - start : high - start] = data[low - base : high - base]

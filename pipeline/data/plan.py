@@ -57,6 +57,8 @@ class Plan:
         self.lane_length = self.steps_per_epoch * self.batch_per_lane
         mean_bytes = max(int(shards.size[in_split].sum()) // self.num_samples, 1)
         self.block_length = max(BLOCK_BYTES // mean_bytes // self.batch_per_lane, 1) * self.batch_per_lane
+        steps_per_block = self.block_length // self.batch_per_lane
+        self._phases = np.arange(self.lanes) * steps_per_block // self.lanes * self.batch_per_lane
         self._first_id = int(shards.count[: shards.split.index(split)].sum())
         self._shard_starts = np.cumsum(counts) - counts
         self.block_ids = functools.lru_cache(maxsize=4 * MAX_LANES)(self._block_ids)
@@ -69,16 +71,20 @@ class Plan:
     def lane_batch(self, epoch: int, step: int, lane: int) -> NDArray[np.int64]:
         """The B / C ids that ``lane`` gives to the global batch."""
         block = self.block_of(step, lane)
-        start = self.position_in_block(step, lane)
+        start = step * self.batch_per_lane - self.block_start(lane, block)
         return self.block_ids(epoch, lane, block)[start : start + self.batch_per_lane]
 
     def block_of(self, step: int, lane: int) -> int:
         """The block of ``lane`` that holds ``step``. Lanes change blocks at different steps, so reads are even."""
-        return (step * self.batch_per_lane + self._phase(lane)) // self.block_length
+        return (step * self.batch_per_lane + int(self._phases[lane])) // self.block_length
 
-    def position_in_block(self, step: int, lane: int) -> int:
-        """Where in ``block_ids`` the samples of ``step`` begin."""
-        return step * self.batch_per_lane - self._block_bounds(self.block_of(step, lane), lane)[0]
+    def blocks_at(self, step: int) -> NDArray[np.int64]:
+        """``block_of`` for all lanes (C,)."""
+        return (step * self.batch_per_lane + self._phases) // self.block_length
+
+    def block_start(self, lane: int, block: int) -> int:
+        """Where in the lane a block begins, in samples."""
+        return self._block_bounds(block, lane)[0]
 
     def block_runs(self, epoch: int, lane: int, block: int) -> list[Run]:
         """What to read for a block, in the order in which it lies in the shards. No run spans two shards."""
@@ -109,12 +115,8 @@ class Plan:
         start = epoch * self.remainder
         return self._first_id + np.arange(start, start + self.remainder) % self.num_samples
 
-    def _phase(self, lane: int) -> int:
-        steps_per_block = self.block_length // self.batch_per_lane
-        return lane * steps_per_block // self.lanes * self.batch_per_lane
-
     def _block_bounds(self, block: int, lane: int) -> tuple[int, int]:
-        start = block * self.block_length - self._phase(lane)
+        start = block * self.block_length - int(self._phases[lane])
         return max(start, 0), min(start + self.block_length, self.lane_length)
 
     def _permuted_segments(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

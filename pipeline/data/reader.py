@@ -4,10 +4,11 @@ A block is what a lane shuffles (pipeline/data/plan.py): a few MiB in one or a f
 sliced by the manifest's offsets; tar headers are never parsed, so a damaged one cannot lose a sample.
 """
 
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 from isal.isal_zlib import crc32  # zlib's crc32 at 10x its speed: 0.02 instead of 0.24 CPU-s/GB
+from numpy.typing import NDArray
 
 from pipeline.data.fetch import Fetch
 from pipeline.data.manifest import Manifest, Samples
@@ -18,6 +19,7 @@ BlockKey = tuple[int, int, int]  # epoch, lane, block
 
 _FETCH_THREADS = 2  # they wait for sockets and run crc32, both without the interpreter's lock
 _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way is not there twice
+_MIB = 2**20
 
 
 class IntegrityError(StorageError):
@@ -25,88 +27,141 @@ class IntegrityError(StorageError):
 
 
 class Block:
-    """The payloads of one block, all checked."""
+    """A block in memory: ids and checked payloads in the order in which batches take them."""
 
-    def __init__(self, payloads: dict[int, memoryview]) -> None:
-        self._payloads = payloads
+    def __init__(self, start: int, ids: list[int], payloads: list[memoryview], buffer: NDArray[np.uint8]) -> None:
+        self.start = start  # in the lane, in samples
+        self.ids = ids
+        self.payloads = payloads  # valid until the reader moves past the block
+        self.buffer = buffer
 
-    def __getitem__(self, sample_id: int) -> memoryview:
-        return self._payloads[sample_id]
 
+class LaneReader:
+    """Keeps the current blocks of some lanes in memory, and those that come next."""
 
-class BlockReader:
-    """Keeps the blocks of the steps that come next in memory."""
-
-    def __init__(self, manifest: Manifest, samples: Samples, plan: Plan, fetch: Fetch) -> None:
+    def __init__(self, manifest: Manifest, samples: Samples, plan: Plan, fetch: Fetch, lanes: range) -> None:
         self._manifest = manifest
         self._samples = samples
         self._plan = plan
         self._fetch = fetch
-        self._blocks: dict[BlockKey, Future[Block]] = {}
+        self._lanes = lanes
+        self._slice = slice(lanes.start, lanes.stop)
+        self._current: dict[int, tuple[BlockKey, Block]] = {}
+        self._ahead: dict[BlockKey, Future[Block]] = {}
+        self._asked: list[tuple[int, bytes]] = []  # what the last call looked at
+        self._free: list[NDArray[np.uint8]] = []  # buffers: fresh memory costs 0.3 CPU-s/GB in page faults
         self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="parallax-fetch")
 
-    def want(self, keys: Iterable[BlockKey]) -> None:
-        """Start reading these blocks, in this order, and drop all others."""
-        wanted = dict.fromkeys(keys)
-        for key in [key for key in self._blocks if key not in wanted]:
-            self._blocks.pop(key).cancel()
-        for key in wanted:
-            if key not in self._blocks:
-                self._blocks[key] = self._threads.submit(self._read, key)
-
-    def __getitem__(self, key: BlockKey) -> Block:
-        """A block; waits for it. Raises what reading it raised."""
-        if key not in self._blocks:
-            self._blocks[key] = self._threads.submit(self._read, key)
-        return self._blocks[key].result()
+    def at(self, step: int, end_step: int) -> dict[int, Block]:
+        """lane -> block at global ``step``; reads ahead, at most to ``end_step``. Raises what reading raised."""
+        looked_at = self._look(step, end_step)
+        if looked_at != self._asked:
+            self._ask(looked_at)
+            self._asked = looked_at
+            epoch, local = divmod(step, self._plan.steps_per_epoch)
+            for lane in self._lanes:
+                self._move(lane, (epoch, lane, self._plan.block_of(local, lane)))
+            self._blocks = {lane: block for lane, (_, block) in self._current.items()}
+        return self._blocks
 
     def close(self) -> None:
         """Forget the blocks and let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._blocks.clear()
+        self._current.clear()
+        self._ahead.clear()
+
+    def _look(self, step: int, end_step: int) -> list[tuple[int, bytes]]:
+        """The blocks of all lanes now and up to a quarter of a block or epoch ahead: (epoch, int64 blocks).
+
+        Blocks cut short at an epoch's edge may be missed; those are read when they are needed.
+        """
+        plan = self._plan
+        steps_per_block = max(plan.block_length // plan.batch_per_lane, 1)
+        horizon = min(step + max(min(steps_per_block, plan.steps_per_epoch) // 4, 4), end_step - 1)
+        looked_at = []
+        for at in [*range(step, horizon, steps_per_block), horizon]:
+            epoch, local = divmod(at, plan.steps_per_epoch)
+            looked_at.append((epoch, plan.blocks_at(local)[self._slice].tobytes()))
+        return looked_at
+
+    def _ask(self, looked_at: list[tuple[int, bytes]]) -> None:
+        wanted: dict[BlockKey, None] = {}
+        for epoch, blocks in looked_at:
+            numbers = np.frombuffer(blocks, np.int64).tolist()
+            wanted.update(((epoch, lane, block), None) for lane, block in zip(self._lanes, numbers, strict=True))
+        for key in [key for key in self._ahead if key not in wanted]:
+            self._ahead.pop(key).cancel()
+        held = {key for key, _ in self._current.values()}
+        for key in wanted:
+            if key not in self._ahead and key not in held:
+                self._ahead[key] = self._threads.submit(self._read, key)
+
+    def _move(self, lane: int, key: BlockKey) -> None:
+        if lane in self._current:
+            if self._current[lane][0] == key:
+                return
+            self._free.append(self._current.pop(lane)[1].buffer)
+        future = self._ahead.pop(key, None) or self._threads.submit(self._read, key)
+        self._current[lane] = key, future.result()
 
     def _read(self, key: BlockKey) -> Block:
+        runs = self._plan.block_runs(*key)
+        ends = np.cumsum([_run_bytes(self._samples, run) for run in runs]).tolist()
+        buffer = self._buffer(ends[-1])
         payloads: dict[int, memoryview] = {}
-        for run in self._plan.block_runs(*key):
-            payloads.update(read_run(self._manifest, self._samples, self._fetch, run))
-        return Block(payloads)
+        for run, start, end in zip(runs, [0, *ends], ends, strict=False):
+            payloads.update(read_run(self._manifest, self._samples, self._fetch, run, buffer.data[start:end]))
+        ids = self._plan.block_ids(*key).tolist()
+        _, lane, block = key
+        return Block(self._plan.block_start(lane, block), ids, [payloads[i] for i in ids], buffer)
+
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        for index, buffer in enumerate(self._free):
+            if len(buffer) >= size:
+                try:
+                    return self._free.pop(index)  # another thread may have been quicker: then what is there now
+                except IndexError:
+                    break
+        return np.empty(-(-size // _MIB) * _MIB, np.uint8)
 
 
-def read_run(manifest: Manifest, samples: Samples, fetch: Fetch, run: Run) -> dict[int, memoryview]:
-    """id -> payload of consecutive samples of one shard, by one read. IntegrityError after refetches in vain."""
+def _run_bytes(samples: Samples, run: Run) -> int:
+    first, last = run.first - samples.first_id, run.first - samples.first_id + run.count - 1
+    return int(samples.offset[last]) + int(samples.length[last]) - int(samples.offset[first])
+
+
+def read_run(
+    manifest: Manifest, samples: Samples, fetch: Fetch, run: Run, buffer: memoryview | None = None
+) -> dict[int, memoryview]:
+    """id -> payload of consecutive samples of one shard, by one read, into ``buffer`` if it is given.
+
+    IntegrityError where a checksum is still wrong after refetches.
+    """
     first = run.first - samples.first_id
     rows = slice(first, first + run.count)
     shard = int(samples.shard[first])
-    offsets, lengths = samples.offset[rows].tolist(), samples.length[rows].tolist()
-    start, end = offsets[0], offsets[-1] + lengths[-1]
-    data = fetch(shard, start, end)
-    payloads = {}
-    for sample_id, offset, length, crc in zip(
-        range(run.first, run.first + run.count), offsets, lengths, samples.crc32[rows].tolist(), strict=True
-    ):
-        payload = data[offset - start : offset - start + length]
-        for _ in range(_REFETCHES):
-            if crc32(payload) != crc:
-                payload = fetch.again(shard, offset, offset + length)
+    start = int(samples.offset[first])
+    starts = (samples.offset[rows] - start).tolist()
+    ends = (samples.offset[rows] - start + samples.length[rows]).tolist()
+    if buffer is None:
+        buffer = np.empty(ends[-1], np.uint8).data
+    fetch.fill(shard, start, buffer)
+    payloads = [buffer[at:end] for at, end in zip(starts, ends, strict=True)]
+    for row, (payload, crc) in enumerate(zip(payloads, samples.crc32[rows].tolist(), strict=True)):
         if crc32(payload) != crc:
-            raise IntegrityError(
-                f"sample {sample_id} (bytes {offset} to {offset + length} of {manifest.shard_url(shard)}) has the "
-                f"crc32 {crc32(payload):08x}, the manifest says {crc:08x}, after {_REFETCHES} more reads; the "
-                "shard is damaged or another one: restore it; `python -m jobs.write_shards --verify` lists all such"
-            )
-        payloads[sample_id] = payload
-    return payloads
+            _refetch(manifest, fetch, shard, start + starts[row], payload, run.first + row, crc)
+    return dict(zip(range(run.first, run.first + run.count), payloads, strict=True))
 
 
-def blocks_ahead(plan: Plan, lanes: range, step: int, end_step: int) -> list[BlockKey]:
-    """The blocks that ``lanes`` need from global ``step`` on, nearest first; a quarter of a block or epoch ahead.
-
-    Blocks cut short at an epoch's edge may be missing; the reader reads those when they are asked for.
-    """
-    steps_per_block = max(plan.block_length // plan.batch_per_lane, 1)
-    horizon = min(step + max(min(steps_per_block, plan.steps_per_epoch) // 4, 4), end_step - 1)
-    keys: dict[BlockKey, None] = {}
-    for at in [*range(step, horizon, steps_per_block), horizon]:
-        epoch, local = divmod(at, plan.steps_per_epoch)
-        keys.update(((epoch, lane, plan.block_of(local, lane)), None) for lane in lanes)
-    return list(keys)
+def _refetch(
+    manifest: Manifest, fetch: Fetch, shard: int, offset: int, payload: memoryview, sample_id: int, crc: int
+) -> None:
+    for _ in range(_REFETCHES):
+        fetch.refill(shard, offset, payload)
+        if crc32(payload) == crc:
+            return
+    raise IntegrityError(
+        f"sample {sample_id} (bytes {offset} to {offset + len(payload)} of {manifest.shard_url(shard)}) has the crc32 "
+        f"{crc32(payload):08x}, the manifest says {crc:08x}, after {_REFETCHES} more reads; the shard is damaged or "
+        "another one: restore it; `python -m jobs.write_shards --verify` lists all such"
+    )

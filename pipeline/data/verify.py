@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from isal.isal_zlib import crc32
 
-from pipeline.data.fetch import open_fetch
+from pipeline.data.fetch import open_fetch, read_range
 from pipeline.data.manifest import Manifest
 from pipeline.storage import StorageError
 
@@ -39,7 +39,7 @@ def verify(
             lengths = rows.length[row : row + count].tolist()
             offsets = (rows.offset[row : row + count] - start).tolist()
             try:
-                data = fetch(shard, start, start + offsets[-1] + lengths[-1])
+                data = read_range(fetch, shard, start, start + offsets[-1] + lengths[-1])
             except StorageError as error:
                 return str(error)
             sums = [crc32(data[at : at + length]) for at, length in zip(offsets, lengths, strict=True)]

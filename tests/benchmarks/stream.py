@@ -46,7 +46,7 @@ from pipeline.data.loader import Loader, normalize
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan
-from pipeline.data.reader import BlockReader, blocks_ahead
+from pipeline.data.reader import LaneReader
 from pipeline.data.views import RECIPES, View
 from pipeline.data.writer import Sample, write_shards
 from tests.data.images import jpeg, photo
@@ -75,20 +75,27 @@ def wall_s(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def read_all(manifest: Manifest, fetch: Fetch) -> int:
-    """One epoch in training order, every sample checked; returns the samples handed out."""
-    samples = manifest.split("train")
-    plan = Plan(manifest.shards, "train", BATCH, seed=0)
-    reader = BlockReader(manifest, samples, plan, fetch)
-    count = 0
-    for step in range(plan.steps_per_epoch):
-        reader.want(blocks_ahead(plan, range(plan.lanes), step, plan.steps_per_epoch))
-        for lane in range(plan.lanes):
-            block = reader[0, lane, plan.block_of(step, lane)]
-            for sample_id in plan.lane_batch(0, step, lane).tolist():
-                count += len(block[sample_id]) > 0
-    reader.close()
-    return count
+class Epochs:
+    """One epoch after the other in training order, every sample checked and handed out, by one reader."""
+
+    def __init__(self, manifest: Manifest, fetch: Fetch) -> None:
+        samples = manifest.split("train")
+        self._plan = Plan(manifest.shards, "train", BATCH, seed=0)
+        self._reader = LaneReader(manifest, samples, self._plan, fetch, range(self._plan.lanes))
+        self._step = 0
+
+    def __call__(self) -> None:
+        """The next epoch."""
+        plan = self._plan
+        handed_out = 0
+        for _ in range(plan.steps_per_epoch):
+            local = self._step % plan.steps_per_epoch
+            for block in self._reader.at(self._step, sys.maxsize).values():
+                first = local * plan.batch_per_lane - block.start
+                for payload in block.payloads[first : first + plan.batch_per_lane]:
+                    handed_out += len(payload) > 0
+            self._step += 1
+        assert handed_out == plan.steps_per_epoch * BATCH
 
 
 def curl_all(manifest: Manifest) -> None:
@@ -101,11 +108,11 @@ def curl_all(manifest: Manifest) -> None:
 
 def stream(manifest: Manifest, rounds: int) -> dict[str, float]:
     total = int(manifest.shards.size.sum())
-    fetch = open_fetch(manifest)
+    epoch = Epochs(manifest, open_fetch(manifest))
     ours, curl, cpu, curl_cpu = [], [], [], []
     for turn in range(rounds + 1):
         started = time.process_time()
-        own = wall_s(lambda: read_all(manifest, fetch) or None)
+        own = wall_s(epoch)
         own_cpu = time.process_time() - started
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         theirs = wall_s(lambda: curl_all(manifest))
@@ -188,7 +195,9 @@ def views(manifest: Manifest, rounds: int, count: int, peer_count: int) -> dict[
 
 def epoch_two(manifest: Manifest, folder: Path, rounds: int) -> dict[str, float]:
     mirror = MirrorFetch(manifest, open_fetch(manifest), MirrorConfig(folder=str(folder / "mirror")))
-    count = read_all(manifest, mirror)
+    epoch = Epochs(manifest, mirror)
+    epoch()
+    count = manifest.split("train").num_samples // BATCH * BATCH
     chunks = folder / "litdata"
     with open(os.devnull, "w") as null, redirected(null):
         litdata.optimize(
@@ -207,7 +216,7 @@ def epoch_two(manifest: Manifest, folder: Path, rounds: int) -> dict[str, float]
     theirs()  # its first epoch
     ours, lit = [], []
     for _ in range(rounds):
-        ours.append(cpu_s(lambda: read_all(manifest, mirror) or None) / count)
+        ours.append(cpu_s(epoch) / count)
         lit.append(cpu_s(theirs) / len(dataset))
     say(f"epoch 2: {statistics.median(ours) * 1e6:.0f} us/sample from the mirror, crc32 checked")
     say(f"epoch 2: {statistics.median(lit) * 1e6:.0f} us/sample from LitData's chunks")

@@ -162,12 +162,12 @@ def test_a_truncated_shard_is_an_error_before_and_in_the_run(s3: S3, manifest: M
 def test_an_object_replaced_under_the_run_is_an_error(s3: S3, manifest: Manifest) -> None:
     """Same size, other content, while a range is being read and taken up again."""
     reader = fetch.HttpFetch(manifest)
-    reader(0, 0, 1000)
+    fetch.read_range(reader, 0, 0, 1000)
     data = bytearray(storage.read_bytes(manifest.shard_url(0)))
     data[100] ^= 1
     storage.write_bytes(manifest.shard_url(0), bytes(data))
     with pytest.raises(fetch.ReplacedError, match=r"train-000000\.tar was replaced"):
-        reader(0, 1000, 2000)
+        fetch.read_range(reader, 0, 1000, 2000)
 
 
 def test_a_missing_shard_is_named_before_the_run(manifest: Manifest) -> None:

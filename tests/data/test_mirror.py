@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.data import mirror as mirror_module
-from pipeline.data.fetch import LocalFetch
+from pipeline.data.fetch import LocalFetch, read_range
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
@@ -73,7 +73,7 @@ def test_ranges_across_chunks_are_the_source_s_bytes(
     for _ in range(300):
         start, end = sorted(random.integers(0, size + 1, 2).tolist())
         if start < end:
-            assert mirror(0, start, end) == source(0, start, end)
+            assert read_range(mirror, 0, start, end) == read_range(source, 0, start, end)
 
 
 def test_the_folder_stays_within_its_bound_and_the_oldest_leave(
@@ -86,7 +86,7 @@ def test_the_folder_stays_within_its_bound_and_the_oldest_leave(
         manifest, LocalFetch(manifest), MirrorConfig(folder=str(tmp_path / "m"), max_gib=bound / 2**30)
     )
     for chunk in range(int(manifest.shards.size[0]) // 1024 - 1):
-        mirror(0, chunk * 1024, chunk * 1024 + 1024)
+        read_range(mirror, 0, chunk * 1024, chunk * 1024 + 1024)
         assert sum(file.stat().st_size for file in files(tmp_path / "m")) <= bound + 4 * 1024
         time.sleep(0.001)  # mtimes that differ
     assert max(int(file.name) for file in files(tmp_path / "m")) == chunk
@@ -96,7 +96,7 @@ def test_readers_killed_at_any_moment_leave_a_mirror_that_works(manifest: Manife
     """Four processes fill one mirror; two are killed -9 in the middle."""
     expected = epoch(manifest, None)
     script = (
-        "import sys; from pipeline.data.manifest import Manifest; from pipeline.data.fetch import LocalFetch\n"
+        "from pipeline.data.manifest import Manifest; from pipeline.data.fetch import LocalFetch, read_range\n"
         "import pipeline.data.mirror as m; m.CHUNK_BYTES = 512\n"
         f"manifest = Manifest.load({manifest.url!r})\n"
         f"mirror = m.MirrorFetch(manifest, LocalFetch(manifest), m.MirrorConfig(folder={str(tmp_path / 'm')!r}))\n"
@@ -104,7 +104,7 @@ def test_readers_killed_at_any_moment_leave_a_mirror_that_works(manifest: Manife
         "for turn in range(10):\n"
         "    for shard, size in enumerate(manifest.shards.size.tolist()):\n"
         "        for start in range(0, size - 700, 700):\n"
-        "            got = mirror(shard, start, start + 700); want = LocalFetch(manifest)(shard, start, start + 700)\n"
+        "            got, want = (read_range(f, shard, start, start + 700) for f in (mirror, LocalFetch(manifest)))\n"
         "            assert got == want\n"
     )
     readers = [
