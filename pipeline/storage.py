@@ -217,8 +217,17 @@ def _filesystem(scheme: str, pid: int, environment: tuple[tuple[str, str], ...])
     except (ValueError, ImportError) as error:
         raise StorageError(f"{scheme}:// is not a storage this installation can reach: {error}") from error
     if scheme in ("s3", "s3a"):
+        import s3fs.core
+
         fs.retries = S3_ATTEMPTS
+        s3fs.core.set_custom_error_handler(_may_pass)
     return fs
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether s3fs should try again on an S3 error; by itself it gives up at the first 500."""
+    response = getattr(error, "response", None) or {}
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504)
 
 
 @contextmanager

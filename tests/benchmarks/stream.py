@@ -305,7 +305,7 @@ def main() -> None:
         server = S3Server(folder)
         try:
             os.environ.update(server.env)
-            count = 2048 if quick else 10_000
+            count = 2048 if quick else 16_000
             manifest = write_shards(make_samples(count), f"{server.new_bucket()}/shards", max_shard_bytes=32 * 2**20)
             say(f"{count} images, {int(manifest.shards.size.sum()) / 1e6:.0f} MB, {len(manifest.shards.name)} shards")
             rounds = 3 if quick else 7

@@ -192,3 +192,9 @@ def test_any_fsspec_url_streams() -> None:
     """No fast path: fsspec's in-memory file system, in this process."""
     manifest = write_photos("memory://shards", 30)
     assert len(epoch(manifest)) == 4
+
+
+def test_writes_and_reads_of_the_control_plane_outlast_a_500(s3: S3, proxy: HurtingProxy, manifest: Manifest) -> None:
+    proxy.faults.extend([Status(500), Status(503)])
+    assert storage.read_bytes(manifest.shard_url(0))[:512].strip(b"\0")
+    assert not proxy.faults

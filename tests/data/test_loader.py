@@ -181,3 +181,23 @@ def test_normalize_is_the_formula() -> None:
 def test_a_world_size_that_does_not_divide_is_named(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match=r"24 does not divide by world_size=5"):
         loader(manifest, world_size=5)
+
+
+def test_1000_shards_and_3_epochs_show_no_growth(tmp_path: Path) -> None:
+    """Resident memory of the worker and of this process after each epoch; a leak of one payload a sample is 6 MB."""
+    image = jpeg(photo(24, 24))
+    samples = (Sample(f"{i}", image, "jpg", "train") for i in range(8000))
+    manifest = write_shards(samples, str(tmp_path), max_shard_samples=8)
+    assert len(manifest.shards.name) == 1000
+    one = Loader(manifest, "train", (View(),), image_size=16, global_batch_size=250, seed=0, num_workers=1)
+    resident = []
+    for step, _ in enumerate(one.batches(0, 4 * one.steps_per_epoch), 1):
+        if step % one.steps_per_epoch == 0 and step < 4 * one.steps_per_epoch:
+            resident.append([resident_bytes(pid) for pid in (os.getpid(), worker_pids()[0])])
+    assert len(resident) == 3
+    for first, third in zip(resident[0], resident[2], strict=True):
+        assert third - first < 4 * 2**20
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -117,4 +117,4 @@ def test_lanes_divide_the_batch_and_follow_its_size() -> None:
         lanes = Plan(table([5000]), "train", batch, 0).lanes
         assert batch % lanes == 0
         assert lanes <= plan_module.MAX_LANES
-    assert Plan(table([5000]), "train", 256, 0).lanes == 128
+    assert Plan(table([5000]), "train", 256, 0).lanes == 64
