@@ -25,6 +25,8 @@ from pydantic import (
 )
 
 from pipeline import storage
+from pipeline.data.assemble import MAX_BAD_SHARE
+from pipeline.data.mirror import MirrorConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.methods.base import MethodConfig, method_class
@@ -54,6 +56,8 @@ class DataConfig(_Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, as timm's default
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     loader_workers: int = Field(default=2, ge=0, le=128)  # processes per rank; 0 = in the training process
+    max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)  # of samples that cannot be decoded
+    mirror: MirrorConfig | None = None  # keep what is read on every node's disk: {folder: /mnt/nvme, max_gib: 500}
 
 
 class TrainConfig(_Section):

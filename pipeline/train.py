@@ -74,6 +74,8 @@ def make_loader(config: Config, manifest: Manifest) -> Loader:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=config.data.loader_workers,
+        max_bad_share=config.data.max_bad_share,
+        mirror=config.data.mirror,
     )
 
 

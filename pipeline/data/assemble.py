@@ -15,6 +15,8 @@ from pipeline.data.reader import Block, LaneReader
 from pipeline.data.views import Augmenter, Pixels, View
 from pipeline.errors import UserError
 
+MAX_BAD_SHARE = 0.01  # of a split's samples, unless configured
+
 
 @dataclass(frozen=True)
 class BadSample:

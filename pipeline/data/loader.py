@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.assemble import Assembler, BadSample, BadSamplesError, Rows, write_planes
+from pipeline.data.assemble import MAX_BAD_SHARE, Assembler, BadSample, BadSamplesError, Rows, write_planes
 from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
@@ -37,7 +37,6 @@ _SLOTS = 3  # batches in the making or waiting; more would only help where a ste
 _STOP_S = 5
 _WORKER = "from pipeline.data.worker import main; main()"  # as `-m` its classes would be pickled as __main__'s
 _READ_BYTES = 8 * 2**20  # per request when reading in id order
-MAX_BAD_SHARE = 0.01
 
 _log = logging.getLogger(__name__)
 
