@@ -101,6 +101,18 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
+def match_layouts_(optimizer: Optimizer) -> None:
+    """Lay out each state tensor as its parameter is, e.g. after a run resumes with ``channels_last`` switched.
+
+    torch's fused kernels walk raw memory, and without a warning mix up the elements of tensors that differ in layout.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = _laid_out_like(value, parameter)
+
+
+@torch.no_grad()
 def ema_update_(pairs: Iterable[tuple[nn.Module, nn.Module]], decay: float) -> None:
     """momentum <- decay * momentum + (1 - decay) * online, for the parameters of each (online, momentum) pair.
 
@@ -153,7 +165,7 @@ class LARS(Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            gradients = [w.grad for w in weights]
+            gradients = [_laid_out_like(w.grad, w) for w in weights if w.grad is not None]
             buffers = [self._buffer(w) for w in weights]
             if not group["adapt"]:
                 _fused_sgd(weights, gradients, buffers, group, ratio=1.0)
@@ -191,7 +203,18 @@ def _fused_sgd(
     )
 
 
-CHUNK = 65536  # 256 KiB each of weight and gradient: three dot products read them from the cache
+CHUNK = 131072  # 512 KiB each of weight and gradient: three dot products read them from the cache
+
+
+def _laid_out_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the memory layout of ``like``, which torch's fused kernels take for granted; mostly ``x`` itself."""
+    strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (x, like)]
+    return x if strides[0] == strides[1] else torch.empty_like(like).copy_(x)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of its memory; flatten() would copy channels_last weights."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 def _trust_ratio(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> float:
@@ -201,7 +224,7 @@ def _trust_ratio(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> flo
     """
     decay = group["weight_decay"]
     ww = gg = gw = 0.0
-    for w, g in zip(weight.flatten().split(CHUNK), gradient.flatten().split(CHUNK), strict=True):
+    for w, g in zip(_flat(weight).split(CHUNK), _flat(gradient).split(CHUNK), strict=True):
         ww += float(torch.dot(w, w))
         gg += float(torch.dot(g, g))
         gw += float(torch.dot(g, w)) if decay else 0.0

@@ -8,7 +8,7 @@ pure function of (manifest, seed, step), so a run resumed from a checkpoint foll
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from pipeline.data.loader import Loader, normalize
 from pipeline.data.manifest import Manifest
 from pipeline.methods.base import Method, method_class
 from pipeline.models.backbone import random_backbone
-from pipeline.optim import build_optimizer, ema_update_, peak_lr, set_lr
+from pipeline.optim import build_optimizer, ema_update_, match_layouts_, peak_lr, set_lr
 from pipeline.progress import Progress
 
 
@@ -40,13 +40,14 @@ class Hyperparameters:
     """What the schedules say about one step."""
 
     lr: float
-    ema_decay: float
+    ema_decay: float | None  # None: the method has no momentum encoder
 
 
 def hyperparameters(config: Config, step: int, steps_per_epoch: int) -> Hyperparameters:
     """Learning rate and EMA decay at ``step``: a pure function, so nothing of it is saved."""
     total_steps = config.train.epochs * steps_per_epoch
-    start = getattr(config.method, "ema_decay", 0.0)
+    decay: float | None = getattr(config.method, "ema_decay", None)
+    decay_end: float | None = getattr(config.method, "ema_decay_end", decay)
     peak = peak_lr(config.optim, config.train.global_batch_size)
     return Hyperparameters(
         lr=schedules.warmup_cosine(
@@ -56,9 +57,9 @@ def hyperparameters(config: Config, step: int, steps_per_epoch: int) -> Hyperpar
             peak=peak,
             end=peak * config.optim.end_lr,
         ),
-        ema_decay=schedules.cosine(
-            step, total_steps=total_steps, start=start, end=getattr(config.method, "ema_decay_end", start)
-        ),
+        ema_decay=None
+        if decay is None or decay_end is None
+        else schedules.cosine(step, total_steps=total_steps, start=decay, end=decay_end),
     )
 
 
@@ -123,7 +124,8 @@ def train_step(
         loss.backward()
     stop_unless_finite(loss, batch.sample_ids)
     optimizer.step()
-    ema_update_(method.momentum_pairs(), values.ema_decay)
+    if values.ema_decay is not None:
+        ema_update_(method.momentum_pairs(), values.ema_decay)
     return {"loss": loss.detach(), **metrics}
 
 
@@ -152,6 +154,7 @@ def fit(
     if start:
         restore(checkpoints.load(start), method, optimizer, config, manifest)
     model = prepare(method, config.train)
+    match_layouts_(optimizer)
     method.train()
     diagnosis: dict[str, Tensor] = {}
 
@@ -168,7 +171,7 @@ def fit(
             diagnosis = diagnose(*method.observed)
             act_on_collapse(diagnosis, done, config.train.on_collapse)
         if done % config.train.log_every_steps == 0 or done == total_steps:
-            progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis)
+            progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis, values)
             if distributed.rank() == 0:
                 report(progress)
         if distributed.rank() == 0 and (done % config.train.checkpoint_every_steps == 0 or done == total_steps):
@@ -243,9 +246,10 @@ class _Meter:
                 return
             yield batch
 
-    def progress(self, step: int, metrics: dict[str, Tensor]) -> Progress:
+    def progress(self, step: int, metrics: dict[str, Tensor], schedule: Hyperparameters) -> Progress:
         """The report after ``step`` steps; starts the next interval."""
         values = {name: value.item() for name, value in metrics.items()}  # waits for the device
+        values |= {name: value for name, value in asdict(schedule).items() if value is not None}
         now = time.perf_counter()
         elapsed = now - self._since
         report = Progress(

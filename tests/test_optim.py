@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.heads import mlp
-from pipeline.optim import LARS, OptimConfig, _foreach_lars, build_optimizer, ema_update_, peak_lr, set_lr
+from pipeline.optim import (
+    LARS,
+    OptimConfig,
+    _foreach_lars,
+    build_optimizer,
+    ema_update_,
+    match_layouts_,
+    peak_lr,
+    set_lr,
+)
 
 STEPS = 100
 
@@ -138,6 +147,53 @@ def test_lars_survives_a_gradient_that_cancels_the_decay() -> None:
     LARS([weight], lr=1.0, weight_decay=0.5).step()
     expected = start - 0.001 * start.norm() / update.norm() * update
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_channels_last_weights_take_the_same_steps() -> None:
+    models = [nn.Conv2d(3, 4, 3, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+    for model in models:
+        optimizer = build_optimizer(model, OptimConfig(weight_decay=1e-2), peak=10.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            assert model.weight.grad.stride() == model.weight.stride()
+            optimizer.step()
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+def test_a_gradient_of_another_layout_gives_the_same_ratio() -> None:
+    weight, gradient = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    expected = start = None
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(weight.clone())
+        parameter.grad = gradient.contiguous(memory_format=layout)
+        LARS([parameter], lr=1.0, weight_decay=0.5).step()
+        start, expected = expected, parameter.detach()
+    torch.testing.assert_close(start, expected)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_run_resumes_in_another_memory_format(name: str) -> None:
+    """torch's fused kernels would take the contiguous state for a channels_last one."""
+    config = OptimConfig.model_validate({"name": name, "weight_decay": 1e-2})
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    results = []
+    for resumed_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3, bias=False).double()
+        optimizer = build_optimizer(model, config, peak=0.1)
+        for step in range(4):
+            if step == 2:
+                model.to(memory_format=resumed_format)
+                match_layouts_(optimizer)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_lars_leaves_gradients_alone() -> None:

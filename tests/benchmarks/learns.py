@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models import modules
+from lightly.models.modules import heads as vicreg_heads
 from torch import Tensor, nn
 
 from pipeline import schedules
@@ -41,7 +42,7 @@ SETTINGS: dict[str, list[str]] = {
     "byol": ["method.projection_dim=128", "method.ema_decay=0.98"],
     "simsiam": ["method.projection_dim=512", "optim.constant_lr=[predictor]"],
     "vicreg": ["method.projection_dim=512", "optim.lr=0.02"],
-    "barlow": ["method.projection_dim=512", "method.redundancy_weight=0.02"],
+    "barlow": ["method.projection_dim=512", "method.redundancy_weight=0.02", "optim.lr=0.02"],
 }
 DEVICE = torch.device("cpu")
 
@@ -81,7 +82,7 @@ class LightlyMethod(nn.Module):
             "moco_v2": lambda: modules.MoCoProjectionHead(width, width, 128),
             "byol": lambda: modules.BYOLProjectionHead(width, 512, 128),
             "simsiam": lambda: modules.SimSiamProjectionHead(width, 512, 512),
-            "vicreg": lambda: modules.VICRegProjectionHead(width, 512, 512, num_layers=3),
+            "vicreg": lambda: vicreg_heads.VICRegProjectionHead(width, 512, 512, num_layers=3),
             "barlow": lambda: modules.BarlowTwinsProjectionHead(width, 512, 512),
         }
         losses: dict[str, Callable[[], nn.Module]] = {
