@@ -10,7 +10,7 @@ from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
-from pipeline.data.plan import AUGMENT_STREAM, Plan, philox_key
+from pipeline.data.plan import Plan, uniform_rows
 from pipeline.data.reader import Block, LaneReader
 from pipeline.data.views import Augmenter, Pixels, View
 from pipeline.errors import UserError
@@ -42,6 +42,7 @@ class Rows:
     seed: int
     start: int
     end: int
+    colour: bool = True  # False: colour, blur and solarisation are left to the device
 
 
 class Assembler:
@@ -52,7 +53,7 @@ class Assembler:
         self._rows = rows
         self._samples = manifest.split(rows.split)
         self._plan = Plan(manifest.shards, rows.split, rows.global_batch_size, rows.seed)
-        self._augmenter = Augmenter(rows.views, rows.image_size)
+        self._augmenter = Augmenter(rows.views, rows.image_size, rows.colour)
         fetch = open_fetch(manifest)
         if mirror is not None:
             fetch = MirrorFetch(manifest, fetch, mirror)
@@ -71,7 +72,9 @@ class Assembler:
         plan, rows = self._plan, self._rows
         epoch, local = divmod(step, plan.steps_per_epoch)
         blocks = self._reader.at(step, end_step)
-        uniforms = self._uniforms(epoch, local * plan.global_batch_size + rows.start, rows.end - rows.start)
+        count, width = rows.end - rows.start, self._augmenter.num_uniforms
+        position = local * plan.global_batch_size + rows.start
+        uniforms = uniform_rows(rows.seed, epoch, position, count, width)
         bad: list[BadSample] = []
         for row in range(rows.end - rows.start):
             lane, within = divmod(rows.start + row, plan.batch_per_lane)
@@ -98,13 +101,6 @@ class Assembler:
             else:
                 return block.ids[place], image
         raise BadSamplesError(f"not one of {len(block.ids)} neighbouring samples can be decoded, e.g. {bad[-1]}")
-
-    def _uniforms(self, epoch: int, position: int, count: int) -> NDArray[np.float64]:
-        """(count, num_uniforms) in [0, 1): rows of a table that only (seed, epoch, position) index."""
-        width = self._augmenter.num_uniforms
-        philox = np.random.Philox(key=philox_key(self._rows.seed, epoch), counter=[0, 0, 0, AUGMENT_STREAM])
-        words = philox.advance(position * width // 4).random_raw(count * width)
-        return np.asarray((words >> np.uint64(11)).reshape(count, width) * 2.0**-53, np.float64)
 
 
 def write_planes(image: Pixels, out: NDArray[np.uint8]) -> None:

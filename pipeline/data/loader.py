@@ -62,9 +62,11 @@ class Loader:
         num_workers: int = 0,
         max_bad_share: float = MAX_BAD_SHARE,
         mirror: MirrorConfig | None = None,
+        colour: bool = True,
     ) -> None:
         """``num_workers`` processes make this rank's rows; 0 = the calling process. ``max_bad_share``: of the
-        split's samples. ``mirror``: keep what is read on a local disk.
+        split's samples. ``mirror``: keep what is read on a local disk. ``colour=False``: leave all but crop and flip
+        to ``DeviceColour``, with the same draws.
 
         ValueError where the batch does not fit the split or the world size.
         """
@@ -78,7 +80,14 @@ class Loader:
         self.quarantine: dict[int, BadSample] = {}  # by sample id: met so far by this rank, each replaced by another
         per_rank = global_batch_size // world_size
         self._rows = Rows(
-            split, tuple(views), image_size, global_batch_size, seed, rank * per_rank, (rank + 1) * per_rank
+            split=split,
+            views=tuple(views),
+            image_size=image_size,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            start=rank * per_rank,
+            end=(rank + 1) * per_rank,
+            colour=colour,
         )
         self._sizes = Augmenter(views, image_size).sizes
         self._num_workers = min(num_workers, per_rank)

@@ -22,7 +22,7 @@ MAX_LANES = 64  # more ranks x loader workers than lanes read some bytes more th
 BLOCK_BYTES = 8 * 2**20  # per lane and block: 64 lanes hold 512 MiB in all, over all ranks; 1.5 MiB cost 2x the CPU
 
 # Words 2 and 3 of Philox's 256-bit counter: streams that must never meet.
-_SHARD_STREAM, _BLOCK_STREAM, AUGMENT_STREAM = 1, 2, 3
+_SHARD_STREAM, _BLOCK_STREAM, _AUGMENT_STREAM = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,22 @@ class Plan:
         return self._first_id + np.concatenate(starts)[order], np.cumsum(np.concatenate(counts)[order])
 
 
-def philox_key(seed: int, epoch: int) -> NDArray[np.uint64]:
+def uniform_rows(seed: int, epoch: int, position: int, count: int, width: int) -> NDArray[np.float64]:
+    """(count, width) in [0, 1): rows of a table that only (seed, epoch, position in the epoch) index.
+
+    ``width`` is a multiple of 4: Philox counts in steps of four words.
+    """
+    philox = np.random.Philox(key=_philox_key(seed, epoch), counter=[0, 0, 0, _AUGMENT_STREAM])
+    words = philox.advance(position * width // 4).random_raw(count * width)
+    return np.asarray((words >> np.uint64(11)).reshape(count, width) * 2.0**-53, np.float64)
+
+
+def _philox_key(seed: int, epoch: int) -> NDArray[np.uint64]:
     """(2,): one key per epoch of a run."""
     return np.array([seed, epoch], np.uint64)  # a list would go through float64 and lose the seed's low bits
 
 
 def _permutation(n: int, seed: int, epoch: int, stream: int, lane: int = 0, block: int = 0) -> NDArray[np.int64]:
     """A permutation of range(n) that depends on nothing else."""
-    words = np.random.Philox(key=philox_key(seed, epoch), counter=[0, block, lane, stream]).random_raw(n)
+    words = np.random.Philox(key=_philox_key(seed, epoch), counter=[0, block, lane, stream]).random_raw(n)
     return np.argsort(words, kind="stable")

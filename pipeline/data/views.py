@@ -27,12 +27,12 @@ UNIFORMS_PER_VIEW = 44  # a multiple of 4: Philox makes four 64-bit words at a t
 # What each uniform of a view decides. Ten tries at a crop, two uniforms each, come first.
 _CROP_TRIES = 10
 _TOP, _LEFT, _FLIP = 20, 21, 22
-_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER = 23, 24, 25, 26, 27, 28
-_GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 29, 30, 31, 32
+JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER = 23, 24, 25, 26, 27, 28
+GRAYSCALE, BLUR, SIGMA, SOLARIZE = 29, 30, 31, 32
 _RANDAUGMENT = 33  # up to three operations, two uniforms each
 _AFFINE, _ROTATE, _SHEAR = 39, 40, 41
 
-_ORDERS = tuple(itertools.permutations(range(4)))
+ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as PIL and torchvision
 _IDENTITY = np.eye(3, dtype=np.float32)
 _SOLARIZED = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
@@ -112,7 +112,9 @@ def named_views(value: Any) -> Any:
 class Augmenter:
     """Draws all views of an image from one row of uniforms."""
 
-    def __init__(self, views: Sequence[View], image_size: int) -> None:
+    def __init__(self, views: Sequence[View], image_size: int, colour: bool = True) -> None:
+        """``colour=False`` leaves jitter, gray, blur and solarisation to pipeline/data/device_views.py."""
+        self._augment = augment if colour else augment_geometry
         self.views = [view for view in views for _ in range(view.count)]
         self.sizes = [view.size or image_size for view in self.views]
         self.num_uniforms = UNIFORMS_PER_VIEW * len(self.views)
@@ -123,11 +125,16 @@ class Augmenter:
     def __call__(self, image: Pixels, uniforms: NDArray[np.float64]) -> list[Pixels]:
         """``image`` (H, W, 3), ``uniforms`` (num_uniforms,) -> one (S, S, 3) per view; ``image`` stays as it is."""
         draws = uniforms.reshape(len(self.views), UNIFORMS_PER_VIEW).tolist()  # floats: numpy scalars cost 5x
-        return [augment(image, *each) for each in zip(self.views, self.sizes, draws, strict=True)]
+        return [self._augment(image, *each) for each in zip(self.views, self.sizes, draws, strict=True)]
 
 
 def augment(image: Pixels, view: View, size: int, u: Sequence[float]) -> Pixels:
     """One view (size, size, 3) of ``image`` (H, W, 3); ``u``: UNIFORMS_PER_VIEW uniforms in [0, 1)."""
+    return augment_colour(augment_geometry(image, view, size, u), view, u)
+
+
+def augment_geometry(image: Pixels, view: View, size: int, u: Sequence[float]) -> Pixels:
+    """Crop, flip and RandAugment."""
     top, left, height, width = crop_box(view, image.shape[0], image.shape[1], u)
     x = resize(image[top : top + height, left : left + width], size)
     if u[_FLIP] < view.flip:
@@ -137,15 +144,20 @@ def augment(image: Pixels, view: View, size: int, u: Sequence[float]) -> Pixels:
     for operation in range(view.randaugment):
         at = _RANDAUGMENT + 2 * operation
         x = rand_augment(x, view.randaugment_magnitude, u[at], u[at + 1])
-    if u[_JITTER] < view.jitter:
-        for operation in _ORDERS[int(u[_ORDER] * len(_ORDERS))]:
+    return x
+
+
+def augment_colour(x: Pixels, view: View, u: Sequence[float]) -> Pixels:
+    """Jitter, gray, blur, solarisation of a view (S, S, 3)."""
+    if u[JITTER] < view.jitter:
+        for operation in ORDERS[int(u[ORDER] * len(ORDERS))]:
             x = _JITTERS[operation](x, view, u)
-    if u[_GRAYSCALE] < view.grayscale:
+    if u[GRAYSCALE] < view.grayscale:
         x = cv2.cvtColor(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    if u[_BLUR] < view.blur:
+    if u[BLUR] < view.blur:
         low, high = view.blur_sigma
-        x = blur(x, low + (high - low) * u[_SIGMA])
-    if u[_SOLARIZE] < view.solarize:
+        x = blur(x, low + (high - low) * u[SIGMA])
+    if u[SOLARIZE] < view.solarize:
         x = cv2.LUT(x, _SOLARIZED)
     return x
 
@@ -246,8 +258,8 @@ def _factor(strength: float, u: float) -> float:
 
 
 _JITTERS: tuple[Any, ...] = (
-    lambda x, view, u: adjust_brightness(x, _factor(view.brightness, u[_BRIGHTNESS])) if view.brightness else x,
-    lambda x, view, u: adjust_contrast(x, _factor(view.contrast, u[_CONTRAST])) if view.contrast else x,
-    lambda x, view, u: adjust_saturation(x, _factor(view.saturation, u[_SATURATION])) if view.saturation else x,
-    lambda x, view, u: adjust_hue(x, view.hue * (2 * u[_HUE] - 1)) if view.hue else x,
+    lambda x, view, u: adjust_brightness(x, _factor(view.brightness, u[BRIGHTNESS])) if view.brightness else x,
+    lambda x, view, u: adjust_contrast(x, _factor(view.contrast, u[CONTRAST])) if view.contrast else x,
+    lambda x, view, u: adjust_saturation(x, _factor(view.saturation, u[SATURATION])) if view.saturation else x,
+    lambda x, view, u: adjust_hue(x, view.hue * (2 * u[HUE] - 1)) if view.hue else x,
 )

@@ -94,7 +94,7 @@ def test_a_whole_view_is_torchvision_s_with_the_same_draws(recipe: str, seed: in
             lambda x: F.adjust_saturation(x, s),
             lambda x: F.adjust_hue(x, view.hue * (2 * u[27] - 1)),
         ]
-        for index in views._ORDERS[int(u[28] * 24)]:
+        for index in views.ORDERS[int(u[28] * 24)]:
             x = operations[index](x)
     if u[29] < view.grayscale:
         x = F.rgb_to_grayscale(x, 3)
