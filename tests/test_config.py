@@ -56,6 +56,14 @@ def test_every_shipped_config_is_valid() -> None:
             ["train.global_batch_size=100", "cluster.num_workers=3"],
             ["global_batch_size=100", "num_workers=3", "99", "102", "1, 2, 4, 5"],
         ),
+        (
+            ["train.global_batch_size=8", "cluster.num_workers=2", "train.micro_batches=3"],
+            ["micro_batches=3", "4 samples of a rank", "1, 2, 4"],
+        ),
+        (
+            ["method={name: moco_v2, queue_size: 4}", "train.global_batch_size=8"],
+            ["queue_size=4", "8 keys", "queue_size >= 8", "global_batch_size <= 4"],
+        ),
         (["cluster.env={AWS_SECRET_ACCESS_KEY: x}"], ["AWS_SECRET_ACCESS_KEY", "secret", "nodes"]),
         (["registry.alias=latest"], ["latest", "champion"]),
         (["name=Has Spaces"], ["name", "Has Spaces"]),
