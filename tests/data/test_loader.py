@@ -77,16 +77,14 @@ def test_an_epoch_sees_each_sample_once_and_new_augmentations_come_with_each(man
 
 
 def test_the_first_batch_comes_as_fast_at_step_10_000(manifest: Manifest) -> None:
-    def seconds(step: int) -> float:
-        best = 1e9
-        for _ in range(5):
-            started = time.perf_counter()
+    """CPU time, the best of 20 interleaved: other work on the machine does not count."""
+    best = {0: 1e9, 10_000: 1e9}
+    for _ in range(20):
+        for step in best:
+            started = time.process_time()
             next(iter(loader(manifest).batches(step, step + 1)))
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    seconds(0)
-    assert seconds(10_000) < 1.5 * seconds(0)
+            best[step] = min(best[step], time.process_time() - started)
+    assert best[10_000] < 1.5 * best[0]
 
 
 def test_a_killed_worker_is_an_error_that_names_it(manifest: Manifest) -> None:
