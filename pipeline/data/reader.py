@@ -116,12 +116,13 @@ class LaneReader:
         return Block(self._plan.block_start(lane, block), ids, [payloads[i] for i in ids], buffer)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        for index, buffer in enumerate(self._free):
+        try:  # another thread may be quicker: then there is nothing to take
+            fitting = next((i for i, buffer in enumerate(self._free) if len(buffer) >= size), None)
+            buffer = self._free.pop(fitting or 0)
             if len(buffer) >= size:
-                try:
-                    return self._free.pop(index)  # another thread may have been quicker: then what is there now
-                except IndexError:
-                    break
+                return buffer  # else it is dropped, so that the buffers do not add up
+        except IndexError:
+            pass
         return np.empty(-(-size // _MIB) * _MIB, np.uint8)
 
 
