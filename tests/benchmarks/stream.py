@@ -21,6 +21,7 @@ import json
 import os
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -297,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute")
     quick = parser.parse_args().quick
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive this process
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     figures: dict[str, float] = {}
@@ -310,7 +312,7 @@ def main() -> None:
             say(f"{count} images, {int(manifest.shards.size.sum()) / 1e6:.0f} MB, {len(manifest.shards.name)} shards")
             rounds = 3 if quick else 7
             figures |= stream(manifest, rounds)
-            figures |= views(manifest, 1 if quick else 5, 256 if quick else 1024, 48 if quick else 192)
+            figures |= views(manifest, 1 if quick else 3, 256 if quick else 1024, 48 if quick else 96)
             figures |= epoch_two(manifest, folder, rounds)
             torch.set_num_threads(os.cpu_count() or 1)
             figures |= data_wait(manifest, 2 if quick else 8)
