@@ -32,9 +32,7 @@ def test_keeps_the_newest_and_reads_them_back(url: str) -> None:
         store.save(state(step))
     assert store.steps() == [10, 100]
     assert store.load(100)["method"]["w"].tolist() == [100.0] * 3
-    assert sorted(storage.list_sizes(url)) == [
-        f"step-{s:09d}.{suffix}" for s in (10, 100) for suffix in ("json", "pt")
-    ]
+    assert sorted(storage.list_sizes(url)) == [f"step-{s:09d}.{suffix}" for s in (10, 100) for suffix in ("json", "pt")]
 
 
 def test_a_payload_without_its_commit_is_no_checkpoint(tmp_path: Path) -> None:

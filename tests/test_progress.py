@@ -8,9 +8,7 @@ from pipeline.progress import Progress, ProgressDisplay
 
 
 def report(step: int) -> Progress:
-    return Progress(
-        step=step, total_steps=100, epoch=1, images_per_s=256.0, data_wait=0.031, metrics={"loss": 1.23456}
-    )
+    return Progress(step=step, total_steps=100, epoch=1, images_per_s=256.0, data_wait=0.031, metrics={"loss": 1.23456})
 
 
 def test_lines_elsewhere_with_an_eta_in_time() -> None:
