@@ -11,10 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
-from pipeline.methods.byol import BYOL_VIEWS
 from pipeline.models.backbone import Backbone
 from pipeline.models.heads import mlp
 
@@ -23,7 +22,7 @@ class BarlowConfig(MethodConfig):
     """The paper's values for ImageNet; its views are BYOL's."""
 
     name: Literal["barlow"] = "barlow"
-    views: tuple[View, ...] = BYOL_VIEWS
+    views: tuple[View, ...] = RECIPES["byol"]
     projection_dim: int = Field(default=8192, ge=2)  # the width of all three layers
     redundancy_weight: float = Field(default=0.0051, ge=0)  # lambda
 

@@ -12,25 +12,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
 from pipeline.models.backbone import Backbone
 from pipeline.models.heads import mlp
 from pipeline.models.momentum import momentum_copy
 
-# table 6 of the paper: the second view is rarely blurred and sometimes solarised
-BYOL_VIEWS = (
-    View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
-    View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
-)
-
 
 class BYOLConfig(MethodConfig):
     """The paper's values for 1000 epochs of ImageNet; its 300 and 100 epochs start at a decay of 0.99."""
 
     name: Literal["byol"] = "byol"
-    views: tuple[View, ...] = BYOL_VIEWS
+    views: tuple[View, ...] = RECIPES["byol"]
     projection_dim: int = Field(default=256, ge=1)
     hidden_dim: int = Field(default=4096, ge=1)  # of the projection and of the prediction head
     ema_decay: float = Field(default=0.996, ge=0, le=1)

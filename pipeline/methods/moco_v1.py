@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.losses.infonce import info_nce
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
@@ -34,9 +34,7 @@ class MoCoV1Config(MethodConfig):
     """The paper's values for ImageNet; jitter with NPID's strengths, always."""
 
     name: Literal["moco_v1"] = "moco_v1"
-    views: tuple[View, ...] = (
-        View(count=2, crop_scale=(0.2, 1.0), jitter=1, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),
-    )
+    views: tuple[View, ...] = RECIPES["moco-v1"]
     temperature: float = Field(default=0.07, gt=0)
     projection_dim: int = Field(default=128, ge=1)
     queue_size: int = Field(default=65536, ge=1)  # keys; at least the global batch

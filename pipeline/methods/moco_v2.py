@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.methods.base import MethodConfig
 from pipeline.methods.moco_v1 import MoCoV1, MoCoV1Config
 from pipeline.models.heads import mlp
@@ -18,9 +18,7 @@ class MoCoV2Config(MoCoV1Config):
     """The paper's values for ImageNet."""
 
     name: Literal["moco_v2"] = "moco_v2"  # type: ignore[assignment]
-    views: tuple[View, ...] = (
-        View(count=2, crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    )
+    views: tuple[View, ...] = RECIPES["moco-v2"]
     temperature: float = Field(default=0.2, gt=0)
 
 

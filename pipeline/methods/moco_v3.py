@@ -14,11 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.losses.infonce import log_sum_exp_similarity
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
-from pipeline.methods.byol import BYOL_VIEWS
 from pipeline.models.backbone import Backbone
 from pipeline.models.heads import mlp
 from pipeline.models.momentum import momentum_copy
@@ -28,7 +27,7 @@ class MoCoV3Config(MethodConfig):
     """The release's values for ResNet-50, 100 epochs; 0.996 is the decay for 1000."""
 
     name: Literal["moco_v3"] = "moco_v3"
-    views: tuple[View, ...] = BYOL_VIEWS
+    views: tuple[View, ...] = RECIPES["byol"]
     temperature: float = Field(default=1.0, gt=0)
     projection_dim: int = Field(default=256, ge=1)
     hidden_dim: int = Field(default=4096, ge=1)  # of both heads

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.losses.ntxent import ntxent
 from pipeline.methods.base import Method, MethodConfig
 from pipeline.models.backbone import Backbone
@@ -22,7 +22,7 @@ class SimCLRConfig(MethodConfig):
     """The paper's values for ImageNet."""
 
     name: Literal["simclr"] = "simclr"
-    views: tuple[View, ...] = (View(count=2),)
+    views: tuple[View, ...] = RECIPES["simclr"]
     temperature: float = Field(default=0.1, gt=0)
     projection_layers: int = Field(default=2, ge=1)  # 3 in SimCLR v2
     projection_dim: int = Field(default=128, ge=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.data.views import View
+from pipeline.data.views import RECIPES, View
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
 from pipeline.models.backbone import Backbone
@@ -21,9 +21,7 @@ class SimSiamConfig(MethodConfig):
     """The paper's values for ImageNet; its views are MoCo v2's."""
 
     name: Literal["simsiam"] = "simsiam"
-    views: tuple[View, ...] = (
-        View(count=2, crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    )
+    views: tuple[View, ...] = RECIPES["moco-v2"]
     projection_dim: int = Field(default=2048, ge=1)  # 3 layers of this width; 2 of them suffice for CIFAR
     projection_layers: int = Field(default=3, ge=1)
     predictor_hidden_dim: int = Field(default=512, ge=1)
