@@ -43,7 +43,14 @@ def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_pat
     first = run_job(*arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stderr + first.stdout
     assert re.search(r"step 8/8 +epoch 1 +loss \d+\.\d+ .* images/s +waiting for data \d+% +ETA 0:00", first.stderr)
-    for words in ("weighted kNN", "linear probe", "raw pixels", "random init", "models:/toy@champion", "python -m jobs.embed"):
+    for words in (
+        "weighted kNN",
+        "linear probe",
+        "raw pixels",
+        "random init",
+        "models:/toy@champion",
+        "python -m jobs.embed",
+    ):
         assert words in first.stdout, first.stdout
     assert "Traceback" not in first.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["here"], "nothing outside the storage folder"
