@@ -57,7 +57,7 @@ def register_encoder(
                 _upload(client, model, bundle)
             _link_to_run(client, model, mlflow_run_id, manifest)
             version = _create_version(client, model_name, model, mlflow_run_id, tags)
-        client.set_registered_model_alias(model_name, alias, str(version.version))
+        _point_alias(client, model_name, alias, version)
     return Registered(model_name, int(version.version), alias, version.source)
 
 
@@ -187,3 +187,13 @@ def _create_version(
         client.delete_model_version(name, mine.version)
         return first
     return mine
+
+
+def _point_alias(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> None:
+    """The last caller wins; a first alias that two processes insert together fails one of them with a unique key."""
+    try:
+        client.set_registered_model_alias(name, alias, str(version.version))
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST" or alias not in client.get_registered_model(name).aliases:
+            raise
+        client.set_registered_model_alias(name, alias, str(version.version))  # the row is there now: an update
