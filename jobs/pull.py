@@ -32,8 +32,7 @@ def main() -> None:
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
     print(f"""\
 {pulled.name} version {pulled.version} is in {pulled.folder}, its golden embedding reproduced
-  read  {pulled.folder}/extra_files/README.md
-  load  timm.create_model("local-dir:{pulled.folder}/extra_files", pretrained=True)""")
+  read  {pulled.folder}/extra_files/README.md: how to load it, with torch alone or timm alone""")
 
 
 if __name__ == "__main__":

@@ -164,6 +164,11 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _method_fits_the_model(self) -> Self:
+        self.method.check(self.model)
+        return self
+
+    @model_validator(mode="after")
     def _queue_holds_a_batch(self) -> Self:
         batch, queue = self.train.global_batch_size, getattr(self.method, "queue_size", None)
         if queue is not None and queue < batch:

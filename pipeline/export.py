@@ -3,7 +3,8 @@
 ::
 
     model.pt2          the graph and its weights (torch.export): needs torch, any batch size
-    model.safetensors  the weights, and config.json the architecture: ``timm.create_model("local-dir:<folder>")``
+    model.safetensors  the weights, and config.json the architecture: ``timm.create_model("local-dir:<folder>")``,
+                       and the lines of the card where ``stem`` is cifar
     golden.npz         a few uint8 images and the embeddings they must give
     card.json          where the encoder comes from; README.md says the same to people
 
@@ -31,7 +32,7 @@ from pipeline.archive import load_archive
 from pipeline.data.loader import shorter_side
 from pipeline.errors import UserError
 from pipeline.model_card import ModelCard, render
-from pipeline.models.backbone import Backbone, create_timm_model
+from pipeline.models.backbone import Backbone, create_timm_model, replace_stem
 
 # Largest relative L2 error of an embedding. Float32 on another CPU is off by 1e-6 to 1e-5, TF32 on a GPU by
 # up to 2e-3; wrong weights by about 1, a wrong mean or std by more than 5e-2.
@@ -90,7 +91,7 @@ def export_encoder(
             embeddings = net(preprocessing(images))
         np.savez(folder / "golden.npz", images=images.numpy(), embeddings=embeddings.numpy())
         check_golden(load_archive(folder / "model.pt2"), folder)
-        check_golden(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), folder)
+        check_golden(load_with_timm(folder), folder)
         files = {
             name: _sha256(folder / name) for name in ("model.pt2", "model.safetensors", "config.json", "golden.npz")
         }
@@ -100,6 +101,7 @@ def export_encoder(
             render(
                 card,
                 architecture=backbone.config.name,
+                stem_width=net.conv1.out_channels if backbone.config.stem == "cifar" else None,  # type: ignore[union-attr, arg-type]
                 feature_dim=embeddings.shape[1],
                 parameters=sum(p.numel() for p in net.parameters()),
                 image_size=size,
@@ -164,6 +166,17 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     return Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
 
 
+def load_with_timm(folder: Path) -> nn.Module:
+    """The encoder from config.json and model.safetensors, by the lines that its card shows; in eval mode."""
+    if json.loads((folder / "config.json").read_text())["stem"] == "imagenet":
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        model = timm.create_model(f"local-dir:{folder}")
+        replace_stem(model)
+        timm.models.load_checkpoint(model, str(folder / "model.safetensors"))
+    return model.eval()
+
+
 def check_golden(encode: Callable[[Tensor], Tensor], folder: Path, device: torch.device | None = None) -> None:
     """Raise ExportError unless ``encode`` reproduces the embeddings in ``folder``/golden.npz."""
     with np.load(folder / "golden.npz", allow_pickle=False) as golden:
@@ -198,6 +211,7 @@ def _timm_config(backbone: Backbone, net: nn.Module, preprocessing: Preprocessin
         "num_classes": 0,
         "num_features": backbone.feature_dim,
         "model_args": backbone.config.args,
+        "stem": backbone.config.stem,  # cifar: a 3x3 convolution of stride 1, no max-pool; timm has no argument for it
         "pretrained_cfg": {
             "input_size": [3, preprocessing.image_size, preprocessing.image_size],
             "fixed_input_size": default.get("fixed_input_size", False),
@@ -209,7 +223,7 @@ def _timm_config(backbone: Backbone, net: nn.Module, preprocessing: Preprocessin
             "num_classes": 0,
             "pool_size": None,
             # With these a consumer fine-tunes by create_model(..., num_classes=10) or in_chans=1.
-            "first_conv": default.get("first_conv"),
+            "first_conv": default.get("first_conv") if backbone.config.stem == "imagenet" else "conv1",
             "classifier": default.get("classifier"),
         },
     }

@@ -32,10 +32,24 @@ class ModelCard(BaseModel):
     metrics: tuple[Score, ...]
 
 
+_FINE_TUNE = "`num_classes=10` adds a head; `pretrained=True` is needed, without it the weights are random"
+_LOAD = 'encoder = timm.create_model("local-dir:extra_files", pretrained=True).eval()'
+_FINE_TUNE_CIFAR = (
+    "`num_classes=10` adds a head, and `load_checkpoint(..., strict=False)` leaves it random; the two lines in the "
+    "middle are the stem for small images, which timm has no argument for"
+)
+_LOAD_CIFAR = """\
+encoder = timm.create_model("local-dir:extra_files")
+encoder.conv1 = torch.nn.Conv2d(3, {width}, kernel_size=3, padding=1, bias=False)
+encoder.maxpool = torch.nn.Identity()
+timm.models.load_checkpoint(encoder.eval(), "extra_files/model.safetensors")"""
+
+
 def render(
     card: ModelCard,
     *,
     architecture: str,
+    stem_width: int | None,
     feature_dim: int,
     parameters: int,
     image_size: int,
@@ -45,11 +59,12 @@ def render(
     golden_sha256: str,
     tolerance: float,
 ) -> str:
-    """The card as Markdown."""
+    """The card as Markdown. ``stem_width``: channels of a CIFAR stem, which timm has no argument for; else None."""
     metrics = "\n".join(
         f"| {score.metric} | {score.encoder:.4f} | {_number(score.raw_pixels)} | {_number(score.random_init)} |"
         for score in card.metrics
     )
+    note, load = (_FINE_TUNE, _LOAD) if stem_width is None else (_FINE_TUNE_CIFAR, _LOAD_CIFAR.format(width=stem_width))
     hyperparameters = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(card.hyperparameters.items()))
     return f"""\
 ---
@@ -57,7 +72,7 @@ library_name: timm
 pipeline_tag: image-feature-extraction
 tags: [self-supervised, {card.method}]
 ---
-# {architecture}, pretrained with {card.method}
+# {architecture}{"" if stem_width is None else " with a stem for small images"}, pretrained with {card.method}
 
 An image encoder, trained without labels: RGB images of {image_size} x {image_size} pixels to embeddings of \
 {feature_dim} float32, {parameters / 1e6:.2f} M parameters.
@@ -103,14 +118,14 @@ error = (embeddings - expected).norm(dim=1) / expected.norm(dim=1)
 assert error.max() < {tolerance:g}, "not the encoder this card describes"
 ```
 
-With timm, to fine-tune (`num_classes=10` adds a head; `pretrained=True` is needed, without it the weights are random):
+With timm, to fine-tune ({note}):
 
 ```python
 import numpy as np
 import timm
 import torch
 
-encoder = timm.create_model("local-dir:extra_files", pretrained=True).eval()
+{load}
 config = encoder.pretrained_cfg
 mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
 golden = np.load("extra_files/golden.npz", allow_pickle=False)

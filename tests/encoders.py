@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,9 +21,9 @@ CARD = ModelCard(
 )
 
 
-def tiny_backbone(seed: int = 0) -> Backbone:
+def tiny_backbone(seed: int = 0, stem: Literal["imagenet", "cifar"] = "imagenet") -> Backbone:
     """ResNet-18 with 8 to 64 channels at 28 px, its BN statistics moved off their initial values."""
-    config = BackboneConfig(name="resnet18", args={"channels": [8, 16, 32, 64]}, image_size=28)
+    config = BackboneConfig(name="resnet18", args={"channels": [8, 16, 32, 64]}, stem=stem, image_size=28)
     backbone = random_backbone(config, seed)
     backbone.train()(torch.randn(16, 3, 28, 28, generator=torch.Generator().manual_seed(seed)))
     return backbone.eval()

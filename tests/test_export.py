@@ -11,7 +11,14 @@ from torch import nn
 
 from pipeline.archive import load_archive
 from pipeline.data.loader import shorter_side
-from pipeline.export import ExportError, check_bundle, check_golden, export_encoder, read_preprocessing
+from pipeline.export import (
+    ExportError,
+    check_bundle,
+    check_golden,
+    export_encoder,
+    load_with_timm,
+    read_preprocessing,
+)
 from pipeline.models.backbone import BackboneConfig, random_backbone
 from tests.encoders import CARD, MEAN, STD, export_tiny, golden_images, of_another_run, tiny_backbone
 
@@ -50,6 +57,19 @@ def test_timm_fine_tunes_it_with_a_new_head(bundle: Path) -> None:
     assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 10)
     for name, weight in tiny_backbone().net.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_an_encoder_with_the_cifar_stem_loads_by_timm_and_two_lines_or_not_at_all(tmp_path: Path) -> None:
+    backbone = tiny_backbone(stem="cifar")
+    assert not torch.equal(backbone.net.conv1.weight, tiny_backbone(seed=1, stem="cifar").net.conv1.weight)  # type: ignore[union-attr, arg-type]
+    bundle = export_tiny(tmp_path / "encoder", backbone)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        torch.testing.assert_close(load_with_timm(bundle)(images), backbone(images))
+        torch.testing.assert_close(load_archive(bundle / "model.pt2")(images), backbone(images), rtol=1e-4, atol=1e-5)
+    assert json.loads((bundle / "config.json").read_text())["stem"] == "cifar"
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv1.weight"):
+        timm.create_model(f"local-dir:{bundle}", pretrained=True)
 
 
 def test_no_path_of_this_machine_is_in_the_files(bundle: Path) -> None:

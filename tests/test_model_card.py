@@ -11,17 +11,17 @@ import pytest
 from pipeline.registry.pull import pull
 from pipeline.registry.register import register_encoder
 from pipeline.registry.tracking import Tracker
-from tests.encoders import export_tiny
+from tests.encoders import export_tiny, tiny_backbone
 
 
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry entry, pulled: the folder that the card speaks of."""
+@pytest.fixture(scope="module", params=["imagenet", "cifar"])
+def entry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry entry, pulled: the folder that the card speaks of; of an encoder with each stem."""
     folder = tmp_path_factory.mktemp("card")
     uri = f"sqlite:///{folder}/mlflow.db"
     with Tracker(uri, "cards", "tiny") as tracker:
         register_encoder(
-            export_tiny(folder / "encoder"),
+            export_tiny(folder / "encoder", tiny_backbone(stem=request.param)),
             tracking_uri=uri,
             mlflow_run_id=tracker.mlflow_run_id,
             model_name="tiny",
@@ -64,6 +64,7 @@ def test_the_blocked_packages_are_blocked(entry: Path, name: str) -> None:
 def test_the_snippets_notice_random_weights(entry: Path) -> None:
     code = snippets(entry)["timm"]
     random = code.replace("pretrained=True", "pretrained=False")
+    random = re.sub(r"timm.models.load_checkpoint\((.*), .*\)", r"\1", random)
     assert random != code
     assert "not the encoder this card describes" in run_without(("pipeline",), random, entry).stderr
 

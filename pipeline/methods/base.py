@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.data.views import View, named_views
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import Backbone, BackboneConfig
 
 
 class MethodConfig(BaseModel):
@@ -26,6 +26,9 @@ class MethodConfig(BaseModel):
     views: tuple[View, ...]  # a list of views, or the name of a recipe in pipeline/data/views.py
 
     _named_views = field_validator("views", mode="before")(named_views)
+
+    def check(self, model: BackboneConfig) -> None:
+        """ValueError, when a config is read, if the method cannot be built around ``model``."""
 
 
 class Method(nn.Module, ABC):

@@ -18,7 +18,7 @@ from pipeline.data.views import RECIPES, View
 from pipeline.losses.infonce import log_sum_exp_similarity
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.heads import mlp
 from pipeline.models.momentum import momentum_copy
 
@@ -37,6 +37,14 @@ class MoCoV3Config(MethodConfig):
     ema_decay: float = Field(default=0.99, ge=0, le=1)
     ema_decay_end: float = Field(default=1.0, ge=0, le=1)
 
+    def check(self, model: BackboneConfig) -> None:
+        """Only a ViT has a patch embedding to freeze."""
+        if self.freeze_patch_embed and not model.has_patch_embed:
+            raise ValueError(
+                f"method.freeze_patch_embed=true needs a vision transformer, and {model.name} has no patch "
+                "embedding; use model.name=vit_small_patch16_224 or method.freeze_patch_embed=false"
+            )
+
 
 @full_precision
 def moco_v3_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
@@ -45,17 +53,6 @@ def moco_v3_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     own = (query * key).sum(1) / temperature
     candidates = log_sum_exp_similarity(query, distributed.all_gather(key), temperature)
     return 2 * temperature * (candidates - own).mean()
-
-
-def freeze_patch_embed(backbone: Backbone) -> None:
-    """ValueError if the backbone is no ViT."""
-    patch_embed = dict(backbone.net.named_children()).get("patch_embed")
-    if patch_embed is None:
-        raise ValueError(
-            f"method.freeze_patch_embed=true needs a vision transformer, and {backbone.config.name} has no patch "
-            "embedding; use model.name=vit_small_patch16_224 or method.freeze_patch_embed=false"
-        )
-    patch_embed.requires_grad_(False)
 
 
 class MoCoV3(Method):
@@ -67,7 +64,7 @@ class MoCoV3(Method):
         super().__init__(backbone, config)
         self.temperature = config.temperature
         if config.freeze_patch_embed:
-            freeze_patch_embed(backbone)
+            backbone.net.patch_embed.requires_grad_(False)
         width, hidden, out = backbone.feature_dim, config.hidden_dim, config.projection_dim
         self.projection_head = mlp([width, *[hidden] * (config.projection_layers - 1), out], last_bn="plain")
         last_bn: Literal["plain", "none"] = "plain" if config.predictor_bn else "none"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import load_config, override
+from pipeline.config import ConfigError, load_config, override
 from pipeline.methods.base import Method, method_class
-from pipeline.models.backbone import BackboneConfig, random_backbone
+from pipeline.models.backbone import random_backbone
 from pipeline.optim import peak_lr
 from tests.methods.invariance import CONFIGS
 
@@ -73,9 +73,5 @@ def test_moco_v3_freezes_the_patch_embedding_of_a_vit_and_says_where_there_is_no
     method = _build(CONFIGS / "moco_v3-vit_small-224.yaml")
     frozen = {name for name, p in method.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"net.patch_embed.proj.weight", "net.patch_embed.proj.bias"}
-    cls = method_class("moco_v3")
-    with pytest.raises(ValueError, match=r"freeze_patch_embed=true needs a vision transformer, and resnet10t has"):
-        cls(
-            random_backbone(BackboneConfig(name="resnet10t"), 0),
-            cls.Config.model_validate({"name": "moco_v3", "freeze_patch_embed": True}),
-        )
+    with pytest.raises(ConfigError, match=r"freeze_patch_embed=true needs a vision transformer, and resnet10t has"):
+        load_config(CONFIGS / "moco_v3-vit_small-224.yaml", ["model.name=resnet10t"])
