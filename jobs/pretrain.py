@@ -18,7 +18,7 @@ from pipeline.progress import ProgressDisplay
 from pipeline.provenance import git_sha
 from pipeline.registry.register import register_encoder
 from pipeline.registry.tracking import Tracker, probe
-from pipeline.runs import Registration, Run
+from pipeline.runs import Registration, Run, RunReport
 from pipeline.storage import probe_writable
 
 
@@ -43,10 +43,10 @@ def main() -> None:
 
 def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
     """Each stage leaves a mark in the run's folder; what is marked is not done twice."""
-    registration = run.registration()
-    if registration is not None and run.report() is not None:
+    registration, report = run.registration(), run.report()
+    if registration is not None and report is not None:
         print(f"{run.id} is complete already; change the config, or its name, to train another encoder.\n")
-        print_summary(config, run, registration)
+        print_summary(config, manifest, run, report, registration)
         return
 
     started = time.monotonic()
@@ -54,12 +54,14 @@ def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
     with Tracker(config.tracking_uri, config.tracking.experiment, run.id) as tracker:
         tracker.log_config(config.flat())
         tracker.log_dataset(manifest.url, manifest.digest)
-        if run.report() is None:
+        if report is None:
             train_and_evaluate(config, manifest, run, tracker)
-        report = run.report()
+            report = run.report()
         assert report is not None, "the evaluation ended without a report"
-        tracker.log_final(report.metrics())
-        print(f"\nEvaluation on the validation split:\n{report.table()}\n")
+        tracker.log_final(report.report.metrics())
+        with run.local_report() as path:
+            tracker.log_artifact(path)
+        print(f"\nEvaluation on the validation split:\n{report.report.table()}\n")
         with run.local_encoder() as bundle:
             entry = register_encoder(
                 bundle,
@@ -83,7 +85,7 @@ def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
         model_uri=entry.model_uri,
     )
     run.save_registration(registration)
-    print_summary(config, run, registration, seconds=time.monotonic() - started)
+    print_summary(config, manifest, run, report, registration, seconds=time.monotonic() - started)
 
 
 def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tracker) -> None:
@@ -137,10 +139,19 @@ dry run of {run.id}: everything is in place, nothing was trained
   state     {f"would resume after step {step}" if (step := run.checkpoints.latest_step()) else "would start"}""")
 
 
-def print_summary(config: Config, run: Run, entry: Registration, seconds: float | None = None) -> None:
-    """Where everything is, and what to type next."""
+def print_summary(
+    config: Config,
+    manifest: Manifest,
+    run: Run,
+    report: RunReport,
+    entry: Registration,
+    seconds: float | None = None,
+) -> None:
+    """Where everything is, what was wrong with the data, and what to type next."""
     model = f"models:/{entry.name}@{entry.alias}"
     is_server = entry.tracking_uri.startswith("http")
+    bad, images = len(report.quarantine), manifest.split("train").num_samples
+    replaced = f"{bad:,} of {images:,} training images could not be decoded and were replaced; see {run.report_url}"
     browse = entry.tracking_uri if is_server else f"mlflow ui --backend-store-uri {entry.tracking_uri}"
     print(f"""\
 {"-" * 78}
@@ -148,6 +159,7 @@ def print_summary(config: Config, run: Run, entry: Registration, seconds: float 
   encoder   {model}  (version {entry.version}, {entry.model_uri})
   files     {run.encoder_url}
   metrics   {browse}
+{f"  bad data  {replaced}{chr(10)}" if bad else ""}\
   next      python -m jobs.embed --model {model} \\
               --tracking-uri {entry.tracking_uri} \\
               --data {config.shards_url} --out {config.storage.url}/embeddings

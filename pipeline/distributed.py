@@ -8,7 +8,7 @@ Global BN (statistics over all ranks) uses ``torch.nn.SyncBatchNorm`` on CUDA; t
 ``GlobalBatchNorm`` is one: an all-gather of (mean, variance, count) forward, one all-reduce backward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -102,6 +103,14 @@ def broadcast_int(value: int) -> int:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def all_gather_items(mine: Sequence[T]) -> list[T]:
+    """The ranks' items one after the other, on every rank; they are pickled, so not in every step (1.5 ms on gloo)."""
+    parts: list[Sequence[T]] = [mine] * world_size()
+    if is_distributed():
+        dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
 
 
 def data_parallel(module: nn.Module) -> nn.Module:

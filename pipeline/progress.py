@@ -17,6 +17,7 @@ class Progress:
     images_per_s: float  # source images over all ranks, since the last report
     data_wait: float  # share of the time since the last report that rank 0 waited for data
     metrics: dict[str, float] = field(default_factory=dict)
+    bad_samples: int = 0  # images that could not be decoded and were replaced, since the run's first step
 
     @property
     def logged(self) -> dict[str, float]:
@@ -26,6 +27,7 @@ class Progress:
             "train/epoch": float(self.epoch),
             "speed/images_per_s": self.images_per_s,
             "speed/data_wait": self.data_wait,
+            "data/bad_samples": float(self.bad_samples),
         }
 
 

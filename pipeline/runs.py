@@ -3,13 +3,13 @@
 ::
 
     config.yaml        the resolved config
-    checkpoints/       see checkpoint.py
+    checkpoints/       see checkpoint.py; beside them what did not go well (quarantine.json, non-finite-*.json)
     encoder/           model.pt2, model.safetensors, config.json, golden.npz, README.md
-    report.json        the evaluation; written after encoder/, so it marks that stage as complete
+    report.json        the evaluation and the training images that could not be decoded; written after encoder/,
+                       so it marks that stage as complete
     registered.json    the registry entry; written last
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +20,19 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import storage
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Config, dump
+from pipeline.data.assemble import BadSample
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.report import EvaluationReport
+
+
+class RunReport(BaseModel):
+    """What ``report.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: EvaluateConfig  # of the evaluation
+    report: EvaluationReport
+    quarantine: tuple[BadSample, ...] = ()  # of all ranks, by id
 
 
 class Registration(BaseModel):
@@ -45,29 +56,33 @@ class Run:
         self.id = config.run_id(manifest_digest)
         self.url = storage.join(config.storage.url, "runs", self.id)
         self.encoder_url = storage.join(self.url, "encoder")
+        self.report_url = storage.join(self.url, "report.json")
         self.checkpoints = CheckpointStore(storage.join(self.url, "checkpoints"), config.train.keep_checkpoints)
 
     def save_config(self) -> None:
         """Write the resolved config beside the results."""
         storage.write_bytes(storage.join(self.url, "config.yaml"), dump(self.config).encode())
 
-    def report(self) -> EvaluationReport | None:
-        """The evaluation under the present settings, if that stage is complete."""
+    def report(self) -> RunReport | None:
+        """What came of the run, if it is evaluated under the present settings."""
         text = self._read("report.json")
         if text is None:
             return None
-        saved = json.loads(text)
-        if EvaluateConfig.model_validate(saved["config"]) != self.config.evaluate:
-            return None
-        return EvaluationReport.model_validate(saved["report"])
+        saved = RunReport.model_validate_json(text)
+        return saved if saved.config == self.config.evaluate else None
 
-    def save_report(self, report: EvaluationReport) -> None:
+    def save_report(self, report: EvaluationReport, quarantine: tuple[BadSample, ...]) -> None:
         """Mark the evaluation as complete."""
-        saved = {
-            "config": self.config.evaluate.model_dump(mode="json"),
-            "report": report.model_dump(mode="json"),
-        }
-        self._write("report.json", json.dumps(saved, indent=1))
+        saved = RunReport(config=self.config.evaluate, report=report, quarantine=quarantine)
+        self._write("report.json", saved.model_dump_json(indent=1))
+
+    @contextmanager
+    def local_report(self) -> Iterator[Path]:
+        """``report.json`` as a local file."""
+        with TemporaryDirectory(prefix="parallax-report-") as folder:
+            path = Path(folder) / "report.json"
+            storage.download(self.report_url, path)
+            yield path
 
     def registration(self) -> Registration | None:
         """The registry entry, if this run is registered where the config says."""

@@ -12,6 +12,7 @@ from pipeline.evaluate.report import EvaluationReport, evaluate_encoder
 from pipeline.export import export_encoder
 from pipeline.model_card import ModelCard
 from pipeline.models.backbone import Backbone
+from pipeline.quarantine import read_quarantine
 from pipeline.runs import Run
 from pipeline.train import build_method
 
@@ -30,6 +31,7 @@ def evaluate_and_export(config: Config, manifest: Manifest, *, device: torch.dev
         std=config.data.std,
         seed=config.seed,
         device=device,
+        max_bad_share=config.data.max_bad_share,
     )
     card = ModelCard(
         run_id=run.id,
@@ -50,7 +52,7 @@ def evaluate_and_export(config: Config, manifest: Manifest, *, device: torch.dev
             card=card,
         )
         run.save_encoder(out)
-    run.save_report(report)
+    run.save_report(report, read_quarantine(run.checkpoints.url))
     return report
 
 
@@ -66,5 +68,6 @@ def trained_encoder(run: Run) -> Backbone:
 
 def _golden_images(config: Config, manifest: Manifest) -> torch.Tensor:
     split = "validation" if "validation" in manifest.splits else "train"
-    _, images, _ = next(read_images(manifest, split, config.model.image_size, batch_size=_GOLDEN_IMAGES))
+    size, max_bad = config.model.image_size, config.data.max_bad_share
+    _, images, _ = next(read_images(manifest, split, size, batch_size=_GOLDEN_IMAGES, max_bad_share=max_bad))
     return images

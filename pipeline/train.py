@@ -25,6 +25,7 @@ from pipeline.methods.base import Method, method_class
 from pipeline.models.backbone import random_backbone
 from pipeline.optim import build_optimizer, ema_update_, match_layouts_, peak_lr, set_lr
 from pipeline.progress import Progress
+from pipeline.quarantine import Quarantine
 
 
 def build_method(config: Config) -> Method:
@@ -75,7 +76,6 @@ def make_loader(config: Config, manifest: Manifest) -> Loader:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=config.data.loader_workers,
-        max_bad_share=config.data.max_bad_share,
         mirror=config.data.mirror,
     )
 
@@ -149,6 +149,11 @@ def fit(
     optimizer = build_optimizer(method, config.optim, peak_lr(config.optim, config.train.global_batch_size))
     loader = make_loader(config, manifest)
     total_steps = config.train.epochs * loader.steps_per_epoch
+    quarantine = Quarantine(
+        checkpoints.url,
+        num_samples=manifest.split("train").num_samples,
+        max_bad_share=config.data.max_bad_share,
+    )
 
     start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
     if start:
@@ -170,11 +175,15 @@ def fit(
         if done % config.train.diagnose_every_steps == 0:
             diagnosis = diagnose(*method.observed)
             act_on_collapse(diagnosis, done, config.train.on_collapse)
-        if done % config.train.log_every_steps == 0 or done == total_steps:
-            progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis, values)
+        is_logged = done % config.train.log_every_steps == 0 or done == total_steps
+        is_saved = done % config.train.checkpoint_every_steps == 0 or done == total_steps
+        if is_logged or is_saved:
+            quarantine.gather(loader.quarantine)
+        if is_logged:
+            progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis, values, len(quarantine.samples))
             if distributed.rank() == 0:
                 report(progress)
-        if distributed.rank() == 0 and (done % config.train.checkpoint_every_steps == 0 or done == total_steps):
+        if is_saved and distributed.rank() == 0:
             checkpoints.save(snapshot(done, method, optimizer, config, manifest, mlflow_run_id))
     return method
 
@@ -246,7 +255,7 @@ class _Meter:
                 return
             yield batch
 
-    def progress(self, step: int, metrics: dict[str, Tensor], schedule: Hyperparameters) -> Progress:
+    def progress(self, step: int, metrics: dict[str, Tensor], schedule: Hyperparameters, bad_samples: int) -> Progress:
         """The report after ``step`` steps; starts the next interval."""
         values = {name: value.item() for name, value in metrics.items()}  # waits for the device
         values |= {name: value for name, value in asdict(schedule).items() if value is not None}
@@ -259,6 +268,7 @@ class _Meter:
             images_per_s=(step - self._since_step) * self._batch_size / elapsed,
             data_wait=self._waited_s / elapsed,
             metrics=values,
+            bad_samples=bad_samples,
         )
         self._since, self._since_step, self._waited_s = now, step, 0.0
         return report

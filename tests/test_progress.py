@@ -42,4 +42,5 @@ def test_what_a_tracker_gets_is_named_by_kind() -> None:
         "train/epoch": 1.0,
         "speed/images_per_s": 256.0,
         "speed/data_wait": 0.031,
+        "data/bad_samples": 0.0,
     }

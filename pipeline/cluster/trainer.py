@@ -4,7 +4,7 @@ Ray Train starts the worker group, its process group, and both again after a fai
 (checkpoint.py): a restarted group finds the newest one by the run's name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -37,6 +37,13 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
     enough; it names what each rank died of.
     """
     inbox = Inbox()
+    reasons: dict[int, str] = {}  # rank -> why it stopped last
+
+    def forward(report: Report) -> None:
+        if isinstance(report, WorkerFailure):
+            reasons[report.rank] = report.reason
+        on_report(report)
+
     with TemporaryDirectory(prefix="parallax-ray-") as scratch:  # Ray's bookkeeping; nothing of ours is in it
         trainer = TorchTrainer(
             _train_worker,
@@ -58,11 +65,11 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
-        with inbox.forwarding(on_report):
-            try:
+        try:
+            with inbox.forwarding(forward):
                 trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                raise TrainingError(_explain(error, config.cluster.max_failures)) from error
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(explain(error, config.cluster.max_failures, reasons)) from error
 
 
 def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
@@ -98,12 +105,20 @@ def _train_worker(job: dict[str, Any]) -> None:
         raise
 
 
-def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> str:
-    failures = getattr(error, "worker_failures", {})
-    reasons = "; ".join(f"rank {rank}: {str(reason).strip().splitlines()[-1]}" for rank, reason in failures.items())
+def explain(error: ray.train.TrainingFailedError, max_failures: int, reasons: Mapping[int, str]) -> str:
+    """What the ranks died of. ``reasons``: their last own words, which count if Ray's traceback ends in them.
+
+    Without them it is the traceback's last line, and a message of several would be cut.
+    """
+    ranks: dict[str, list[str]] = {}
+    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
+        traceback, words = str(failure).strip(), reasons.get(rank)
+        reason = words if words and traceback.endswith(words.strip()) else traceback.splitlines()[-1]
+        ranks.setdefault(reason, []).append(str(rank))
+    causes = "\n".join(f"rank {', '.join(numbers)}: {reason}" for reason, numbers in ranks.items())
     return (
-        f"training failed, after at most {max_failures} restarts (cluster.max_failures): {reasons or error}; "
-        "mend the cause and submit the same config again: it resumes from the newest checkpoint"
+        f"training failed, after at most {max_failures} restarts (cluster.max_failures); mend the cause and submit the "
+        f"same config again: it resumes from the newest checkpoint\n{causes or error}"
     )
 
 

@@ -1,5 +1,6 @@
 """Rows of a global batch, from shards to finished views. Runs in a loader worker or in the training process."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,6 +17,7 @@ from pipeline.data.views import Augmenter, Pixels, View
 from pipeline.errors import UserError
 
 MAX_BAD_SHARE = 0.01  # of a split's samples, unless configured
+_LISTED = 20  # bad samples in a message
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class BadSample:
 
 class BadSamplesError(UserError):
     """Too many samples cannot be used; the message lists them."""
+
+
+def list_of(bad: Sequence[BadSample]) -> str:
+    """A line for each of the first 20."""
+    lines = [f"  {sample.sample_id} in {sample.shard}: {sample.reason}" for sample in bad[:_LISTED]]
+    more = [f"  ... and {len(bad) - _LISTED} more"] if len(bad) > _LISTED else []
+    return "\n".join([*lines, *more])
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class Assembler:
         """Write the rows of global ``step`` into ``views`` (n, 3, S, S) and ``sample_ids`` (n,).
 
         ``end_step`` bounds the reading ahead. Returns the samples met that cannot be decoded; each is replaced by
-        the next of its block, so the other rows, and every other layout of workers, see the same.
+        the next of its block, or of the next lane's where its block (one sample long at an epoch's edges) has none
+        that can. So the other rows, and every other layout of workers, see the same.
         """
         plan, rows = self._plan, self._rows
         epoch, local = divmod(step, plan.steps_per_epoch)
@@ -78,9 +88,8 @@ class Assembler:
         bad: list[BadSample] = []
         for row in range(rows.end - rows.start):
             lane, within = divmod(rows.start + row, plan.batch_per_lane)
-            block = blocks[lane]
-            at = local * plan.batch_per_lane + within - block.start
-            sample_ids[row], image = self._decode_or_replace(block, at, bad)
+            candidates = self._candidates(epoch, local, lane, within, blocks[lane])
+            sample_ids[row], image = self._first_decodable(candidates, bad)
             for out, view in zip(views, self._augmenter(image, uniforms[row]), strict=True):
                 write_planes(view, out[row])
         return bad
@@ -89,18 +98,29 @@ class Assembler:
         """Stop reading ahead."""
         self._reader.close()
 
-    def _decode_or_replace(self, block: Block, at: int, bad: list[BadSample]) -> tuple[int, Pixels]:
-        for after in range(len(block.ids)):
-            place = (at + after) % len(block.ids)
+    def _candidates(
+        self, epoch: int, local: int, lane: int, within: int, block: Block
+    ) -> Iterator[tuple[int, memoryview]]:
+        """(id, payload) of the sample whose turn it is, then of those that may replace it."""
+        at = local * self._plan.batch_per_lane + within - block.start
+        for beside in range(self._plan.lanes):
+            if beside:
+                other = (lane + beside) % self._plan.lanes
+                block = self._reader.read((epoch, other, self._plan.block_of(local, other)))
+            for after in range(len(block.ids)):
+                place = (at + after) % len(block.ids)
+                yield block.ids[place], block.payloads[place]
+
+    def _first_decodable(
+        self, candidates: Iterator[tuple[int, memoryview]], bad: list[BadSample]
+    ) -> tuple[int, Pixels]:
+        for sample_id, payload in candidates:
             try:
-                image = decode(block.payloads[place], self._augmenter.min_crop_area, self._augmenter.decode_size)
+                return sample_id, decode(payload, self._augmenter.min_crop_area, self._augmenter.decode_size)
             except UndecodableError as error:
-                sample_id = block.ids[place]
                 shard = self._manifest.shards.name[self._samples.shard[sample_id - self._samples.first_id]]
                 bad.append(BadSample(sample_id, shard, str(error)))
-            else:
-                return block.ids[place], image
-        raise BadSamplesError(f"not one of {len(block.ids)} neighbouring samples can be decoded, e.g. {bad[-1]}")
+        raise BadSamplesError(f"not one of the samples around can be decoded:\n{list_of(bad)}")
 
 
 def write_planes(image: Pixels, out: NDArray[np.uint8]) -> None:

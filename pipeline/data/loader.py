@@ -21,7 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.assemble import MAX_BAD_SHARE, Assembler, BadSample, BadSamplesError, Rows, write_planes
+from pipeline.data.assemble import (
+    MAX_BAD_SHARE,
+    Assembler,
+    BadSample,
+    BadSamplesError,
+    Rows,
+    list_of,
+    write_planes,
+)
 from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
@@ -60,20 +68,17 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        max_bad_share: float = MAX_BAD_SHARE,
         mirror: MirrorConfig | None = None,
         colour: bool = True,
     ) -> None:
-        """``num_workers`` processes make this rank's rows; 0 = the calling process. ``max_bad_share``: of the
-        split's samples. ``mirror``: keep what is read on a local disk. ``colour=False``: leave all but crop and flip
-        to ``DeviceColour``, with the same draws.
+        """``num_workers`` processes make this rank's rows; 0 = the calling process. ``mirror``: keep what is
+        read on a local disk. ``colour=False``: leave all but crop and flip to ``DeviceColour``, with the same draws.
 
         ValueError where the batch does not fit the split or the world size.
         """
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size={global_batch_size} does not divide by world_size={world_size}")
         self._manifest = manifest
-        self._samples = manifest.split(split)
         plan = Plan(manifest.shards, split, global_batch_size, seed)
         self.steps_per_epoch = plan.steps_per_epoch
         self.remainder = plan.remainder  # samples that an epoch leaves out; which ones, rotates
@@ -92,13 +97,12 @@ class Loader:
         self._sizes = Augmenter(views, image_size).sizes
         self._num_workers = min(num_workers, per_rank)
         self._mirror = mirror
-        self._max_bad = max_bad_share * self._samples.num_samples
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of global steps [start_step, end_step): views (B / W, 3, S, S) uint8, epoch after epoch.
 
-        Raises BadSamplesError above ``max_bad_share``, StorageError where a shard cannot be read or is damaged,
-        WorkerError where a worker is killed. Closing the iterator ends the workers.
+        Raises StorageError where a shard cannot be read or is damaged, BadSamplesError where not one of a block's
+        samples can be decoded, WorkerError where a worker is killed. Closing the iterator ends the workers.
         """
         if self._num_workers == 0:
             return self._batches_here(start_step, end_step)
@@ -128,12 +132,7 @@ class Loader:
                 yield batch
 
     def _note(self, bad: list[BadSample]) -> None:
-        for sample in bad:
-            if sample.sample_id not in self.quarantine:
-                self.quarantine[sample.sample_id] = sample
-                _log.warning("sample %d in %s replaced: %s", sample.sample_id, sample.shard, sample.reason)
-        if len(self.quarantine) > self._max_bad:
-            raise bad_samples_error(list(self.quarantine.values()), self._samples.num_samples)
+        self.quarantine.update((sample.sample_id, sample) for sample in bad)
 
 
 class _Workers:
@@ -250,12 +249,12 @@ class _Workers:
 
 
 def read_images(
-    manifest: Manifest, split: str, image_size: int, batch_size: int = 256
+    manifest: Manifest, split: str, image_size: int, batch_size: int = 256, max_bad_share: float = MAX_BAD_SHARE
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(ids int64 (N,), images uint8 (N, 3, S, S), labels int64 (N,)) in id order, resized and centre-cropped.
+    """(ids int64 (N,), images uint8 (N, 3, S, S), labels int64 (N,), -1 = none) in id order, resized, centre-cropped.
 
     N is ``batch_size`` but for the last. Samples that cannot be decoded are left out, with a warning each;
-    BadSamplesError above MAX_BAD_SHARE of the split.
+    BadSamplesError above ``max_bad_share`` of the split.
     """
     samples = manifest.split(split)
     ids: list[int] = []
@@ -276,8 +275,11 @@ def read_images(
             shard = manifest.shards.name[samples.shard[sample_id - samples.first_id]]
             bad.append(BadSample(sample_id, shard, str(error)))
             _log.warning("sample %d in %s left out: %s", sample_id, shard, error)
-            if len(bad) > MAX_BAD_SHARE * samples.num_samples:
-                raise bad_samples_error(bad, samples.num_samples) from error
+            if len(bad) > max_bad_share * samples.num_samples:
+                raise BadSamplesError(
+                    f"{len(bad)} of the {samples.num_samples} samples in {split} cannot be decoded, more than the "
+                    f"share of {max_bad_share:g} that may be left out:\n{list_of(bad)}"
+                ) from error
             continue
         ids.append(sample_id)
         if len(ids) == batch_size:
@@ -321,10 +323,3 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
     return torch.addcmul(shift, images, scale)
-
-
-def bad_samples_error(bad: list[BadSample], num_samples: int) -> BadSamplesError:
-    """The error that lists (at most 20 of) the samples in quarantine."""
-    lines = [f"  {sample.sample_id} in {sample.shard}: {sample.reason}" for sample in bad[:20]]
-    more = [f"  ... and {len(bad) - 20} more"] if len(bad) > 20 else []
-    return BadSamplesError("\n".join([f"{len(bad)} of {num_samples} samples cannot be decoded:", *lines, *more]))

@@ -64,6 +64,18 @@ class LaneReader:
             self._blocks = {lane: block for lane, (_, block) in self._current.items()}
         return self._blocks
 
+    def read(self, key: BlockKey) -> Block:
+        """Any lane's block, read now."""
+        runs = self._plan.block_runs(*key)
+        ends = np.cumsum([_run_bytes(self._samples, run) for run in runs]).tolist()
+        buffer = self._buffer(ends[-1])
+        payloads: dict[int, memoryview] = {}
+        for run, start, end in zip(runs, [0, *ends], ends, strict=False):
+            payloads.update(read_run(self._manifest, self._samples, self._fetch, run, buffer.data[start:end]))
+        ids = self._plan.block_ids(*key).tolist()
+        _, lane, block = key
+        return Block(self._plan.block_start(lane, block), ids, [payloads[i] for i in ids], buffer)
+
     def close(self) -> None:
         """Forget the blocks and let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -73,15 +85,18 @@ class LaneReader:
     def _look(self, step: int, end_step: int) -> list[tuple[int, bytes]]:
         """The blocks of all lanes now and up to a quarter of a block or epoch ahead: (epoch, int64 blocks).
 
-        Blocks cut short at an epoch's edge may be missed; those are read when they are needed.
+        Two steps of an epoch that are looked at lie at most a block apart, so no block between them is missed.
         """
         plan = self._plan
         steps_per_block = max(plan.block_length // plan.batch_per_lane, 1)
         horizon = min(step + max(min(steps_per_block, plan.steps_per_epoch) // 4, 4), end_step - 1)
         looked_at = []
-        for at in [*range(step, horizon, steps_per_block), horizon]:
-            epoch, local = divmod(at, plan.steps_per_epoch)
-            looked_at.append((epoch, plan.blocks_at(local)[self._slice].tobytes()))
+        while step <= horizon:
+            epoch, local = divmod(step, plan.steps_per_epoch)
+            last = min(plan.steps_per_epoch - 1, local + horizon - step)
+            for at in [*range(local, last, steps_per_block), last]:
+                looked_at.append((epoch, plan.blocks_at(at)[self._slice].tobytes()))
+            step += last - local + 1
         return looked_at
 
     def _ask(self, looked_at: list[tuple[int, bytes]]) -> None:
@@ -94,26 +109,15 @@ class LaneReader:
         held = {key for key, _ in self._current.values()}
         for key in wanted:
             if key not in self._ahead and key not in held:
-                self._ahead[key] = self._threads.submit(self._read, key)
+                self._ahead[key] = self._threads.submit(self.read, key)
 
     def _move(self, lane: int, key: BlockKey) -> None:
         if lane in self._current:
             if self._current[lane][0] == key:
                 return
             self._free.append(self._current.pop(lane)[1].buffer)
-        future = self._ahead.pop(key, None) or self._threads.submit(self._read, key)
+        future = self._ahead.pop(key, None) or self._threads.submit(self.read, key)
         self._current[lane] = key, future.result()
-
-    def _read(self, key: BlockKey) -> Block:
-        runs = self._plan.block_runs(*key)
-        ends = np.cumsum([_run_bytes(self._samples, run) for run in runs]).tolist()
-        buffer = self._buffer(ends[-1])
-        payloads: dict[int, memoryview] = {}
-        for run, start, end in zip(runs, [0, *ends], ends, strict=False):
-            payloads.update(read_run(self._manifest, self._samples, self._fetch, run, buffer.data[start:end]))
-        ids = self._plan.block_ids(*key).tolist()
-        _, lane, block = key
-        return Block(self._plan.block_start(lane, block), ids, [payloads[i] for i in ids], buffer)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         try:  # another thread may be quicker: then there is nothing to take

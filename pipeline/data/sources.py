@@ -175,7 +175,7 @@ def _table(url: str) -> Source:
         raise SourceError(f"{url} has the columns {', '.join(table.column_names)}; it needs 'path', and may have "
                           "'label' and 'split'")  # fmt: skip
     rows = table.num_rows
-    labels = table["label"].to_pylist() if "label" in table.column_names else [None] * rows
+    labels = [_label(value) for value in table["label"].to_pylist()] if "label" in table.column_names else [None] * rows
     splits = table["split"].to_pylist() if "split" in table.column_names else ["train"] * rows
     class_names, numbers = _numbered(labels)
     folder = url.rpartition("/")[0] or "."
@@ -187,6 +187,13 @@ def _table(url: str) -> Source:
         split = _SPLIT_FOLDERS.get(split, split)
         items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin))
     return Source(items, class_names, _read_file)
+
+
+def _label(value: Any) -> Any:
+    """None where there is none: an empty cell of a CSV, a NaN, -1. pandas makes floats of integers beside a NaN."""
+    if value in ("", -1) or value != value:
+        return None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _numbered(labels: list[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:

@@ -171,10 +171,11 @@ def check_sample(sample: Sample, class_names: tuple[str, ...]) -> None:
         )
     if not sample.image:
         raise SampleError(f"the image of {sample.key!r} is empty (0 bytes)")
-    if class_names and not -1 <= sample.label < len(class_names):
+    highest = len(class_names) - 1 if class_names else 2**31 - 1  # int32 in the manifest
+    if not -1 <= sample.label <= highest:
         raise SampleError(
             f"{sample.key!r} has the label {sample.label}; with {len(class_names)} class names labels go from 0 to "
-            f"{len(class_names) - 1}, and -1 means none"
+            f"{highest}, and -1 means none"
         )
 
 

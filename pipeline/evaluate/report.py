@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.data.assemble import MAX_BAD_SHARE
 from pipeline.data.loader import normalize, read_images
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.config import EvaluateConfig
@@ -43,8 +44,8 @@ class EvaluationReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train_images: int  # labelled ones: the bank and the probe's training set
-    validation_images: int  # labelled ones
+    train_images: int  # labelled and decodable ones: the bank and the probe's training set
+    validation_images: int  # labelled and decodable ones
     num_classes: int
     chance: float | None = None  # accuracy of always naming the train split's most frequent class
     scores: tuple[Score, ...] = ()  # accuracies are shares in [0, 1]
@@ -91,12 +92,14 @@ def evaluate_encoder(
     seed: int,
     device: torch.device,
     baselines: bool = True,
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> EvaluationReport:
     """Weighted kNN and linear probe on the validation split, and collapse diagnostics.
 
     ``backbone`` is on ``device``; it is evaluated in eval mode and gets its modes back. ``seed`` is the run's: it gives
     the random baseline the weights that training began with, and draws the probe's held-out rows. Unlabelled images
-    take part in the diagnostics only; without labels of 2 classes in both splits the report says so instead.
+    take part in the diagnostics only; without labels of 2 classes in both splits the report says so instead. Images
+    that cannot be decoded are left out, at most ``max_bad_share`` of a split. The notes count both.
     The diagnostics use at most 8192 images, evenly spaced over the validation split (the first of the train split
     if there is none); the positive of an image for ``alignment`` is its central 7/8, enlarged to full size.
     Raises ValueError on features that are not finite.
@@ -106,14 +109,15 @@ def evaluate_encoder(
         encoders["random_init"] = random_backbone(backbone.config, seed).to(device)
 
     def encode(split: str, ids: NDArray[np.int64], *, pixels: bool = False, crop: bool = False) -> _Encoded:
-        batches = read_images(manifest, split, backbone.config.image_size, config.batch_size)
+        batches = read_images(manifest, split, backbone.config.image_size, config.batch_size, max_bad_share)
         return _encode(batches, ids, encoders, mean, std, device, pixels=pixels, crop=crop)
 
     train_ids, train_labels = _samples(manifest, "train")
     validation_ids, validation_labels = _samples(manifest, "validation")
     labelled_train, labelled_validation = train_ids[train_labels >= 0], validation_ids[validation_labels >= 0]
     num_classes = len(np.unique(train_labels[train_labels >= 0]))
-    obstacle = _obstacle(len(labelled_train), len(labelled_validation), num_classes)
+    num_train, num_validation = len(labelled_train), len(labelled_validation)
+    obstacle = _obstacle(num_train, num_validation, num_classes)
     notes: list[str] = []
     scores: list[Score] = []
     chance = None
@@ -128,6 +132,9 @@ def evaluate_encoder(
             encoded = encode(split, np.union1d(diagnosed, labelled_validation), pixels=baselines)
             bank = encode("train", labelled_train, pixels=baselines)
             queries = encoded.where(encoded.labels >= 0)
+            notes += _left_out("without a label", len(train_ids) - num_train, len(validation_ids) - num_validation)
+            notes += _left_out("not decodable", num_train - len(bank.ids), num_validation - len(queries.ids))
+            num_train, num_validation = len(bank.ids), len(queries.ids)
             chance = _share(queries.labels == bank.labels.mode().values)
             if config.knn_k > len(bank.labels):
                 notes.append(
@@ -140,8 +147,8 @@ def evaluate_encoder(
             sample = encoded.where(torch.from_numpy(_contains(diagnosed, encoded.ids.numpy())))
             scores += _diagnostics(sample, encode(split, diagnosed, crop=True), encoders)
     return EvaluationReport(
-        train_images=len(labelled_train),
-        validation_images=len(labelled_validation),
+        train_images=num_train,
+        validation_images=num_validation,
         num_classes=num_classes,
         chance=chance,
         scores=tuple(scores),
@@ -180,6 +187,12 @@ def _obstacle(labelled_train: int, labelled_validation: int, num_classes: int) -
     if num_classes < 2:
         return "all labels of the train split are the same; classification needs 2 classes"
     return None
+
+
+def _left_out(why: str, train: int, validation: int) -> list[str]:
+    """A note with the counts, if any."""
+    note = f"left out of kNN and linear probe, {why}: {train:,} train images, {validation:,} validation images"
+    return [note] if train or validation else []
 
 
 @torch.inference_mode()

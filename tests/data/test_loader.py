@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import Loader, WorkerError, centre_crop, normalize, read_images
 from pipeline.data.manifest import Manifest
+from pipeline.data.plan import Plan
 from pipeline.data.views import View
 from pipeline.data.writer import Sample, write_shards
 from tests.data.images import jpeg, photo, photos, write_photos
@@ -135,7 +136,7 @@ def test_bad_samples_are_replaced_alike_everywhere_and_recorded(tmp_path: Path) 
     def run(num_workers: int) -> tuple[Loader, list[Tensor], list[Tensor]]:
         one = Loader(
             manifest, "train", VIEWS, image_size=24, global_batch_size=12, seed=0,
-            num_workers=num_workers, max_bad_share=0.05,
+            num_workers=num_workers,
         )  # fmt: skip
         batches = list(one.batches(0, one.steps_per_epoch))
         return one, [b.sample_ids for b in batches], [b.views[0] for b in batches]
@@ -151,11 +152,46 @@ def test_bad_samples_are_replaced_alike_everywhere_and_recorded(tmp_path: Path) 
     assert not set(bad) & set(torch.cat(ids).tolist())
 
 
-def test_above_the_share_of_bad_samples_the_run_fails_with_the_list(tmp_path: Path) -> None:
+def test_a_sample_that_is_a_block_by_itself_is_replaced_from_the_next_lane(tmp_path: Path) -> None:
+    """60 samples in 60 lanes: no other sample of its block can take its place."""
     manifest = with_bad_samples(str(tmp_path), {3: b"not an image", 31: b"nor this"})
-    one = Loader(manifest, "train", VIEWS, image_size=24, global_batch_size=12, seed=0, max_bad_share=0.02)
-    with pytest.raises(BadSamplesError, match=r"2 of 60 samples") as error:
-        list(one.batches(0, 5))
+
+    def run(world_size: int, num_workers: int) -> list[Tensor]:
+        ranks = [
+            Loader(
+                manifest, "train", VIEWS, image_size=24, global_batch_size=60, seed=0,
+                rank=rank, world_size=world_size, num_workers=num_workers,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        batches = [next(iter(one.batches(0, 1))) for one in ranks]
+        assert {3, 31} == {i for one in ranks for i in one.quarantine}
+        return [torch.cat([b.sample_ids for b in batches]), torch.cat([b.views[0] for b in batches])]
+
+    ids, views = run(1, 0)
+    planned = Plan(manifest.shards, "train", 60, 0).batch(0, 0)
+    bad = np.isin(planned, [3, 31])
+    assert np.array_equal(ids.numpy()[~bad], planned[~bad])
+    assert np.array_equal(ids.numpy()[bad], np.roll(planned, -1)[bad])
+    for layout in ((1, 3), (4, 0)):
+        other_ids, other_views = run(*layout)
+        assert torch.equal(ids, other_ids)
+        assert torch.equal(views, other_views)
+
+
+def test_nothing_that_can_be_decoded_is_an_error(tmp_path: Path) -> None:
+    manifest = with_bad_samples(str(tmp_path), dict.fromkeys(range(60), b"not an image"))
+    one = Loader(manifest, "train", VIEWS, image_size=24, global_batch_size=60, seed=0)
+    with pytest.raises(BadSamplesError, match=r"not one of the samples around.*\n.*no image format"):
+        next(iter(one.batches(0, 1)))
+
+
+def test_images_that_cannot_be_read_for_evaluation_are_left_out_up_to_a_share(tmp_path: Path) -> None:
+    manifest = with_bad_samples(str(tmp_path), {3: b"not an image", 31: b"nor this"})
+    ids = torch.cat([ids for ids, _, _ in read_images(manifest, "train", 24, max_bad_share=0.05)])
+    assert ids.tolist() == [i for i in range(60) if i not in (3, 31)]
+    with pytest.raises(BadSamplesError, match=r"2 of the 60 samples in train") as error:
+        list(read_images(manifest, "train", 24, max_bad_share=0.02))
     assert "3 in train-000000.tar" in str(error.value)
     assert "31 in train-000001.tar" in str(error.value)
 

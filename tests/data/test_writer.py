@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -81,6 +83,7 @@ def test_a_folder_without_manifest_and_an_unknown_split_teach(tmp_path: Path) ->
         (Sample("", b"x", "jpg", "train"), "empty"),
         (Sample("a", b"", "jpg", "train"), "empty"),
         (Sample("a", b"x", "jpg", "train", label=2), "labels go from 0 to 1"),
+        (Sample("a", b"x", "jpg", "train", label=-2), "-1 means none"),
     ],
 )
 def test_samples_that_no_reader_could_use_are_refused(tmp_path: Path, sample: Sample, words: str) -> None:
@@ -162,6 +165,36 @@ def test_tables_of_paths_and_labels(tmp_path: Path) -> None:
     samples = {sample.key: sample for sample in source.samples}
     key = next(key for key in samples if key.endswith("3"))
     assert (samples[key].label, samples[key].image) == (1, (tmp_path / "3.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "numbers"),
+    [
+        (["b", "", "a"], ("a", "b"), [1, -1, 0]),
+        (["2", "", "0"], ("0", "1", "2"), [2, -1, 0]),
+        (["1", "-1", "0"], ("0", "1"), [1, -1, 0]),
+        ([2.0, float("nan"), 0.0], ("0", "1", "2"), [2, -1, 0]),
+        (["b", None, "a"], ("a", "b"), [1, -1, 0]),
+    ],
+)
+def test_a_label_that_is_missing_is_none_and_no_class(
+    tmp_path: Path, labels: list[object], class_names: tuple[str, ...], numbers: list[int]
+) -> None:
+    """Texts come as CSV, the others as Parquet: what pandas makes of integers with a gap, and nulls."""
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(photo(9, 9, seed=i)))
+    paths = [f"{i}.png" for i in range(3)]
+    if all(isinstance(label, str) for label in labels):
+        table = tmp_path / "t.csv"
+        table.write_text("path,label\n" + "".join(f"{p},{label}\n" for p, label in zip(paths, labels, strict=True)))
+    else:
+        table = tmp_path / "t.parquet"
+        pq.write_table(pa.table({"path": paths, "label": labels}), table)
+    source = open_source(f"table:{table}")
+    assert source.class_names == class_names
+    manifest = write_tasks(shard_tasks(source), str(tmp_path / "out"), class_names=class_names)
+    by_key = dict(zip(manifest.keys(), manifest.samples.label.tolist(), strict=True))
+    assert [by_key[key] for key in sorted(by_key)] == numbers
 
 
 def test_a_torchvision_dataset(tmp_path: Path) -> None:

@@ -150,11 +150,30 @@ def test_unlabelled_images_only_take_part_in_the_diagnostics(tmp_path: Path, man
     unlabelled = evaluate(tiny_backbone(), partly, baselines=False)
     left_out = evaluate(tiny_backbone(), fewer, baselines=False)
     whole = evaluate(tiny_backbone(), manifest, baselines=False).metrics()
+    labels = {split: manifest.split(split).label for split in ("train", "validation")}
+    counts = {split: int((values >= 5).sum()) for split, values in labels.items()}
+    assert unlabelled.notes == (
+        f"left out of kNN and linear probe, without a label: {counts['train']} train images, "
+        f"{counts['validation']} validation images",
+    )
+    assert left_out.notes == ()
     assert unlabelled.num_classes == left_out.num_classes == 5
     assert unlabelled.validation_images == left_out.validation_images < VALIDATION
     for name, value in unlabelled.metrics().items():
         expected = left_out.metrics() if name.split("/")[0] in ("knn", "linear", "linear_l2", "chance") else whole
         assert value == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_images_that_cannot_be_decoded_are_left_out_and_counted(tmp_path: Path, manifest: Manifest) -> None:
+    """As if they were not there; in the diagnostics too."""
+    third = manifest.split("train").first_id + 2
+    keys = {manifest.keys()[third], manifest.keys()[manifest.split("validation").first_id]}
+    damaged = shards(tmp_path / "damaged", lambda s: replace(s, image=b"no image") if s.key in keys else s)
+    fewer = shards(tmp_path / "fewer", lambda s: None if s.key in keys else s)
+    report, expected = (evaluate(tiny_backbone(), m, baselines=False) for m in (damaged, fewer))
+    assert report.notes == ("left out of kNN and linear probe, not decodable: 1 train images, 1 validation images",)
+    assert (report.train_images, report.validation_images) == (TRAIN - 1, VALIDATION - 1)
+    assert report.scores == expected.scores
 
 
 def test_k_is_lowered_to_the_bank_with_a_note(manifest: Manifest) -> None:
