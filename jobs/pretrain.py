@@ -26,7 +26,9 @@ def main() -> None:
     """Parse the command line, run what is not complete yet, say where everything is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, e.g. configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. train.epochs=5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="override", help="train.epochs=5, or configs/models/<name>.yaml"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, try one batch, train nothing")
     arguments = parser.parse_intermixed_args()
     with explained():

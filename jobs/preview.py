@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a pretraining config, e.g. configs/quickstart.yaml")
     parser.add_argument("png", type=Path, help="the file to write")
-    parser.add_argument("overrides", nargs="*", help="key.sub=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="override", help="train.epochs=5, or configs/models/<name>.yaml"
+    )
     parser.add_argument("--rows", type=int, default=8, help="images")
     options = parser.parse_args(arguments)
     with explained():

@@ -38,7 +38,9 @@ def main() -> None:
     """Parse the command line, print the manifest to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, e.g. configs/pretrain/simclr-resnet50-224.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. cluster.num_workers=8")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="override", help="cluster.num_workers=8, or configs/models/<name>.yaml"
+    )
     parser.add_argument("--image", default=f"parallax:{version('parallax-ssl')}", help="built by infra/Dockerfile")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--secret", default="parallax", help="the Kubernetes Secret that holds the credentials")

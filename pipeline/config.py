@@ -1,5 +1,6 @@
 """The typed configuration of a run: YAML, ``key.sub=value`` overrides, validation, all before Ray starts.
 
+An override can also be a YAML file: any of configs/pretrain with any of configs/models is a run.
 Each module declares the part it reads (``View``, ``BackboneConfig``, ``OptimConfig`` ...); this one
 composes them. Dotted keys are the one currency of the command line, the sweep's search space and the MLflow parameters.
 Every config is frozen; derive one with ``override(config, ["method.temperature=0.1"])``.
@@ -124,7 +125,7 @@ class RegistryConfig(_Section):
 class Config(_Section):
     """One pretraining run."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    name: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9-]{0,40})?$")  # "" = <method>-<model>-<image size>
     seed: int = Field(default=0, ge=0)
     storage: StorageConfig = StorageConfig()
     data: DataConfig = DataConfig()
@@ -214,23 +215,18 @@ class Config(_Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read YAML, apply ``key.sub=value`` overrides, validate. ConfigError on anything wrong."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        shipped = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.yaml"))) or "none found in ./configs"
-        raise ConfigError(f"cannot read {path}: {error.strerror}; configs here: {shipped}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping such as 'name: my-run', not {type(values).__name__}")
-    return _validated(_apply(values, overrides or []), str(path))
+    """Read YAML, apply overrides from left to right, validate. ConfigError on anything wrong.
+
+    An override is ``key.sub=value``, or another YAML file: the keys of its sections replace those of the file before,
+    whole, so that ``model: {args: {}}`` takes back the arguments of another architecture.
+    """
+    overrides = overrides or []
+    origin = " + ".join([str(path), *(item for item in overrides if _is_file(item))])
+    return _validated(_apply(_read(path), overrides), origin)
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """A copy of ``config`` with ``key.sub=value`` overrides applied and everything validated again."""
+    """A copy of ``config`` with the same overrides as ``load_config`` takes, and everything validated again."""
     return _validated(_apply(config.model_dump(mode="json"), overrides), "the derived config")
 
 
@@ -239,11 +235,40 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def _is_file(override: str) -> bool:
+    return "=" not in override and override.endswith((".yaml", ".yml"))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        shipped = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.yaml"))) or "none found in ./configs"
+        raise ConfigError(f"cannot read {path}: {error.strerror}; configs here: {shipped}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping such as 'name: my-run', not {type(values).__name__}")
+    return values
+
+
+def _merge(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``other`` over ``values``, section by section; within a section a key replaces a key."""
+    merged = dict(values)
+    for section, keys in other.items():
+        both = isinstance(keys, dict) and isinstance(values.get(section), dict)
+        merged[section] = {**values[section], **keys} if both else keys
+    return merged
+
+
 def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     for item in overrides:
+        if _is_file(item):
+            values = _merge(values, _read(item))
+            continue
         key, separator, text = item.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {item!r} is not key.sub=value; e.g. train.epochs=10")
+            raise ConfigError(f"override {item!r} is not key.sub=value; e.g. train.epochs=10, or a YAML file")
         parts = key.split(".")
         node: Any = values
         for depth, (part, child) in enumerate(pairwise(parts)):
@@ -294,12 +319,20 @@ def _validated(values: dict[str, Any], origin: str) -> Config:
     # Workers run in other folders: make local paths absolute once, here.
     return config.model_copy(
         update={
+            "name": config.name or _default_name(config),
             "storage": StorageConfig(url=storage.resolve(config.storage.url)),
             "data": config.data.model_copy(
                 update={"shards": storage.resolve(config.data.shards) if config.data.shards else ""}
             ),
         }
     )
+
+
+def _default_name(config: Config) -> str:
+    """E.g. moco-v3-vit-small-224."""
+    architecture = re.sub(r"_patch.*", "", config.model.name)
+    text = f"{config.method.name}-{architecture}-{config.model.image_size}"
+    return re.sub(r"[^a-z0-9]+", "-", text)[:41]
 
 
 def _explain(error: ValidationError, values: dict[str, Any], origin: str) -> str:

@@ -23,6 +23,25 @@ def test_overrides_replace_values_at_any_depth(minimal: Path) -> None:
     assert load_config(minimal, ["method.views=[{count: 2}]", "method.views.0.flip=0.25"]).method.views[0].flip == 0.25
 
 
+def test_files_and_values_apply_from_left_to_right_section_by_section(minimal: Path, tmp_path: Path) -> None:
+    file = tmp_path / "wide.yaml"
+    file.write_text("seed: 5\nmodel: {args: {channels: [8, 8, 8, 8]}}\noptim: {lr: 0.2}\n")
+    config = load_config(
+        minimal, ["seed=4", "model.args={output_stride: 8}", "optim.momentum=0.8", str(file), "optim.lr=3"]
+    )
+    assert (config.seed, config.optim.lr, config.optim.momentum) == (5, 3, 0.8)
+    assert config.model.args == {"channels": [8, 8, 8, 8]}  # replaced whole: arguments belong to an architecture
+    assert (config.model.name, config.model.image_size) == ("resnet18", 32)
+
+
+def test_a_run_without_a_name_is_named_after_its_method_and_its_model(tmp_path: Path) -> None:
+    path = tmp_path / "nameless.yaml"
+    path.write_text("method: {name: moco_v3}\n")
+    assert load_config(path, ["model.name=vit_small_patch16_224"]).name == "moco-v3-vit-small-224"
+    assert load_config(path, ["model.name=resnet18", "model.image_size=32"]).name == "moco-v3-resnet18-32"
+    assert load_config(path, ["name=mine"]).name == "mine"
+
+
 def test_yaml_exponents_without_a_dot_are_numbers(minimal: Path) -> None:
     assert load_config(minimal, ["optim.weight_decay=1e-4"]).optim.weight_decay == 1e-4  # YAML 1.1 reads a string
 
@@ -36,7 +55,7 @@ def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
 
 
 def test_every_shipped_config_is_valid() -> None:
-    paths = [p for p in Path("configs").rglob("*.yaml") if "sweep" not in p.parts]
+    paths = [p for p in Path("configs").rglob("*.yaml") if not {"models", "sweep"} & {*p.parts}]
     assert paths, "run pytest from the checkout"
     for path in paths:
         load_config(path)
@@ -70,6 +89,13 @@ def test_every_shipped_config_is_valid() -> None:
         (["train"], ["'train' is not key.sub=value"]),
         (["seed.sub=1"], ["seed"]),
         (["method.views=[{count: 2}]", "method.views.7.flip=0"], ["0 to 0", "'7'"]),
+        (["method.views=swav"], ["draws 8 views", "simclr compares 2", "simclr-small", "[{count: 2}]"]),
+        (["configs/models/resnet19-32.yaml"], ["cannot read configs/models/resnet19-32.yaml", "resnet18-32.yaml"]),
+        (
+            ["configs/models/resnet50-32.yaml", "optim.lr=x"],
+            ["tiny.yaml + configs/models/resnet50-32.yaml", "optim.lr"],
+        ),
+        (["model.name=vit_small_patch16_224"], ["of 224 px, not of image_size=32", "img_size: 32"]),
     ],
 )
 def test_a_mistake_is_named_with_what_would_work(minimal: Path, overrides: list[str], words: list[str]) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.views import View, named_views
+from pipeline.data.views import RECIPES, View, named_views
 from pipeline.models.backbone import Backbone, BackboneConfig
 
 
@@ -28,7 +28,13 @@ class MethodConfig(BaseModel):
     _named_views = field_validator("views", mode="before")(named_views)
 
     def check(self, model: BackboneConfig) -> None:
-        """ValueError, when a config is read, if the method cannot be built around ``model``."""
+        """ValueError, when a config is read, if the method cannot be built around ``model`` or take these views."""
+        if (count := sum(view.count for view in self.views)) != 2:
+            pairs = [name for name, views in RECIPES.items() if sum(view.count for view in views) == 2]
+            raise ValueError(
+                f"method.views draws {count} views of an image, and {self.name} compares 2; recipes that work: "
+                f"{', '.join(pairs)}, or method.views=[{{count: 2}}]"
+            )
 
 
 class Method(nn.Module, ABC):

