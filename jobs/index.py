@@ -1,4 +1,5 @@
 """Make a manifest for shards that other tools wrote (webdataset, img2dataset): one walk, nothing is rewritten.
+Run again after an interruption, it goes on where it stopped.
 
 python -m jobs.index s3://bucket/laion
 """
@@ -20,12 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
     parser.add_argument("--threads", type=int, default=8, help="shards walked at the same time")
     options = parser.parse_args(arguments)
-    with explained(), tqdm(unit=" images", disable=None) as bar:
-        indexed = index_shards(
-            options.url,
-            num_threads=options.threads,
-            on_shard=lambda rows: bar.update(len(rows.columns["key"])),
-        )
+    with explained(), tqdm(unit="B", unit_scale=True, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        indexed = index_shards(options.url, num_threads=options.threads, on_progress=show)
     manifest = indexed.manifest
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")

@@ -13,6 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,16 @@ def download(url: str, local_path: str | Path) -> None:
             shutil.copyfile(_local(url), part)
 
 
-def list_sizes(folder_url: str) -> dict[str, int]:
-    """Relative name (with ``/`` for what lies deeper) -> bytes of every file below a folder, by one listing.
+@dataclass(frozen=True)
+class Listed:
+    """What a listing tells about a file or object."""
+
+    size: int  # bytes
+    version: str  # changes with the content: the ETag, or the time of the last change, as the backend has it
+
+
+def list_files(folder_url: str) -> dict[str, Listed]:
+    """Relative name (with ``/`` for what lies deeper) -> every file below a folder, by one listing.
 
     A folder that is not there is empty.
     """
@@ -129,10 +138,20 @@ def list_sizes(folder_url: str) -> dict[str, int]:
         if is_remote(folder_url):
             fs, root = _remote(folder_url)
             found = fs.find(root, detail=True)
-            return {path[len(root) :].lstrip("/"): int(info["size"]) for path, info in found.items() if path != root}
+            return {
+                path[len(root) :].lstrip("/"): Listed(int(info["size"]), _version(info))
+                for path, info in found.items()
+                if path != root
+            }
         folder = _local(folder_url)
-        files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+        files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        stats = {file.relative_to(folder).as_posix(): file.stat() for file in files}
+        return {name: Listed(stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats.items()}
+
+
+def list_sizes(folder_url: str) -> dict[str, int]:
+    """``list_files``, without the versions."""
+    return {name: file.size for name, file in list_files(folder_url).items()}
 
 
 def delete(url: str) -> None:
@@ -164,6 +183,12 @@ def sign(url: str) -> str:
     with _explained("sign", url):
         fs, path = _remote(url)
         return str(fs.sign(path, expiration=SIGNATURE_LIFETIME_S))
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Every fsspec backend has names of its own: S3 and Azure, GCS, HDFS and SFTP, memory."""
+    keys = ("ETag", "etag", "LastModified", "updated", "mtime", "created")
+    return next((str(info[key]) for key in keys if info.get(key)), "")
 
 
 def _patience_s(size: int) -> float:

@@ -41,6 +41,18 @@ def test_bytes_come_back(url: str, tmp_path: Path) -> None:
     storage.delete(storage.join(url, "a"))
 
 
+def test_a_listing_tells_when_the_content_has_changed(url: str) -> None:
+    storage.write_bytes(storage.join(url, "same"), b"0123")
+    storage.write_bytes(storage.join(url, "deep/changed"), b"0123")
+    before = storage.list_files(url)
+    time.sleep(0.02)  # the clock of a file system may tick in 10 ms
+    storage.write_bytes(storage.join(url, "deep/changed"), b"4567")
+    listed = storage.list_files(url)
+    assert listed["same"] == before["same"]
+    assert listed["deep/changed"].version != before["deep/changed"].version
+    assert listed["deep/changed"].size == 4
+
+
 def test_what_is_missing_or_short_says_so(url: str) -> None:
     with pytest.raises(MissingError, match="nothing of that name"):
         storage.read_bytes(storage.join(url, "nowhere"))

@@ -1,7 +1,8 @@
 """Manifests for tars that other tools wrote (webdataset, img2dataset), by one walk over their bytes.
 
 Python's tarfile ends quietly at a damaged header and at a cut between two members (cpython#120740). This walk checks
-every header's checksum and the end of the archive: what is not whole is an error, never fewer samples.
+every header's checksum and the end of the archive: what is not whole is an error, never fewer samples. A walk that was
+killed goes on where it stopped.
 """
 
 import json
@@ -16,8 +17,9 @@ from isal.isal_zlib import crc32
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch, read_range
 from pipeline.data.manifest import Manifest, build_manifest
+from pipeline.data.receipts import Receipts, ShardRows, fingerprint
 from pipeline.data.sources import IMAGE_EXTENSIONS
-from pipeline.data.writer import ShardRows, commit_manifest
+from pipeline.data.writer import commit_manifest
 from pipeline.storage import StorageError
 
 _BLOCK = 512
@@ -48,38 +50,56 @@ class Indexed:
 
 
 def index_shards(
-    url: str, *, num_threads: int = 8, on_shard: Callable[[ShardRows], object] = lambda rows: None
+    url: str, *, num_threads: int = 8, on_progress: Callable[[int, int], object] = lambda done, total: None
 ) -> Indexed:
     """Walk every ``*.tar`` below ``url`` and write the manifest beside them.
+
+    Shards that an earlier attempt has walked, and that have not changed since (in size or ETag, locally in size or
+    time), are not walked again. ``on_progress`` gets the bytes that are done and all bytes, after each shard.
 
     The split is the first of train, val(idation), test in a shard's name, or "train". A sample's label is in its
     ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none.
     StorageError where there are no tars, or one is damaged, truncated, or has a key at two places.
     """
     url = storage.resolve(url)
-    sizes = {name: size for name, size in sorted(storage.list_sizes(url).items()) if name.endswith(".tar")}
-    if not sizes:
+    files = storage.list_files(url)
+    receipts = Receipts(url, files)
+    tars = {name: file for name, file in files.items() if name.endswith(".tar")}
+    if not tars:
         raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
-    names = sorted(sizes, key=lambda name: (_split_rank(split_of(name)), name))
+    names = sorted(tars, key=lambda name: (_split_rank(split_of(name)), name))
+    sizes = [tars[name].size for name in names]
+    total = sum(sizes)
     table = {
         "name": names,
         "split": ["train"] * len(names),
-        "size": [sizes[n] for n in names],
+        "size": sizes,
         "count": [0] * len(names),
     }
     empty = build_manifest(url, (), table, {"offset": [], "length": [], "crc32": [], "label": []})
     fetch = open_fetch(empty)
+
+    def index(shard: int) -> ShardRows:
+        version = fingerprint([names[shard], sizes[shard], tars[names[shard]].version])
+        rows = receipts.find(names[shard], version)
+        if rows is None:
+            rows = _index_shard(empty, fetch, shard)
+            receipts.keep(rows, version)
+        return rows
+
+    walked, done = [], 0
     with ThreadPoolExecutor(num_threads) as threads:
-        shards, without_image = [], 0
-        for rows, passed_over in threads.map(lambda shard: _index_shard(empty, fetch, shard), range(len(names))):
-            without_image += passed_over
-            if rows.columns["key"]:
-                shards.append(rows)
-            on_shard(rows)
+        for rows in threads.map(index, range(len(names))):
+            walked.append(rows)
+            done += rows.size
+            on_progress(done, total)
+    shards = [rows for rows in walked if rows.columns["key"]]
     if not shards:
         raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
     highest = max(max(rows.columns["label"]) for rows in shards)
-    return Indexed(commit_manifest(url, tuple(str(n) for n in range(highest + 1)), shards), without_image)
+    manifest = commit_manifest(url, tuple(str(n) for n in range(highest + 1)), shards)
+    receipts.clear()
+    return Indexed(manifest, sum(rows.without_image for rows in walked))
 
 
 def split_of(name: str) -> str:
@@ -94,18 +114,17 @@ def _split_rank(split: str) -> tuple[int, str]:
     return {"train": 0, "validation": 1}.get(split, 2), split
 
 
-def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> tuple[ShardRows, int]:
+def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     name = manifest.shards.name[shard]
     rows = ShardRows(name, split_of(name), int(manifest.shards.size[shard]))
     seen: set[str] = set()
-    without_image = 0
     for key, members in _groups(walk_tar(manifest, fetch, shard)):
         if key in seen:
             raise StorageError(f"{manifest.shard_url(shard)}: the key {key!r} comes at two places; sort the archive")
         seen.add(key)
         image = _image_of(members)
         if image is None:
-            without_image += 1
+            rows.without_image += 1
             continue
         for column, value in zip(
             ("key", "offset", "length", "crc32", "label"),
@@ -113,7 +132,7 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> tuple[ShardRow
             strict=True,
         ):
             rows.columns[column].append(value)
-    return rows, without_image
+    return rows
 
 
 def _groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -95,7 +95,8 @@ class LaneReader:
             epoch, local = divmod(step, plan.steps_per_epoch)
             last = min(plan.steps_per_epoch - 1, local + horizon - step)
             looked_at += [
-                (epoch, plan.blocks_at(at)[self._slice].tobytes()) for at in [*range(local, last, steps_per_block), last]
+                (epoch, plan.blocks_at(at)[self._slice].tobytes())
+                for at in [*range(local, last, steps_per_block), last]
             ]
             step += last - local + 1
         return looked_at

@@ -19,7 +19,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask, fingerprint
+from pipeline.data.receipts import fingerprint
+from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask
 from pipeline.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")

@@ -4,20 +4,18 @@ A sample is ``<key>.<ext>`` and, with a label, ``<key>.cls`` beside it, so webda
 shards too. Headers carry no time and no owner: the same samples give the same bytes, hence the same digest.
 """
 
-import hashlib
 import io
-import json
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest, build_manifest, save_manifest
+from pipeline.data.receipts import Receipts, ShardRows
 from pipeline.errors import UserError
 
 MAX_SHARD_BYTES = 64 * 2**20  # a block of a lane is a few MiB: a shard is worth several, and quick to upload
@@ -37,18 +35,6 @@ class Sample:
     extension: str  # "jpg", "png" ...
     split: str  # "train", "validation" ...
     label: int = -1  # index into the class names; -1 = none
-
-
-@dataclass
-class ShardRows:
-    """What the manifest will say about one shard."""
-
-    name: str
-    split: str
-    size: int = 0
-    columns: dict[str, list[Any]] = field(
-        default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
-    )
 
 
 def write_shards(
@@ -107,26 +93,24 @@ def write_tasks(
 ) -> Manifest:
     """Write shards in parallel, those of a split side by side in ``tasks``; what an earlier attempt finished stays.
 
-    A finished shard leaves its rows in ``<url>/.progress``, which goes when the manifest is there. Reading files and
-    sending shards is what takes the time, so threads do. ``on_shard`` is called in one thread, in order.
+    Reading files and sending shards is what takes the time, so threads do. ``on_shard`` is called in one thread, in
+    order.
     """
     url = storage.resolve(url)
-    progress = storage.join(url, ".progress")
     sizes = storage.list_sizes(url) if storage.exists(url) else {}
+    receipts = Receipts(url, sizes)
     with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder, ThreadPoolExecutor(num_threads) as threads:
 
         def write(task: ShardTask) -> ShardRows:
-            receipt = storage.join(progress, f"{task.name}.{task.fingerprint}.json")
-            if f".progress/{task.name}.{task.fingerprint}.json" in sizes:
-                rows = ShardRows(**json.loads(storage.read_bytes(receipt)))
-                if sizes.get(task.name) == rows.size:
-                    return rows
+            finished = receipts.find(task.name, task.fingerprint)
+            if finished is not None and sizes.get(task.name) == finished.size:
+                return finished
             shard = _OpenShard(task.name, task.split, Path(folder))
             for sample in task.samples():
                 check_sample(sample, class_names)
                 shard.add(sample)
             rows = shard.close(url)
-            storage.write_bytes(receipt, json.dumps(asdict(rows)).encode())
+            receipts.keep(rows, task.fingerprint)
             return rows
 
         done = []
@@ -138,13 +122,8 @@ def write_tasks(
             threads.shutdown(wait=True, cancel_futures=True)
             raise
     manifest = commit_manifest(url, class_names, done)
-    storage.delete(progress)
+    receipts.clear()
     return manifest
-
-
-def fingerprint(parts: Iterable[object]) -> str:
-    """A short digest of what determines a shard."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:

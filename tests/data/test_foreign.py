@@ -2,7 +2,14 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +18,8 @@ import webdataset
 
 from jobs import index as job
 from pipeline import storage
-from pipeline.data.foreign import index_shards, split_of
+from pipeline.data.fetch import Fetch
+from pipeline.data.foreign import Member, index_shards, split_of, walk_tar
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.views import View
@@ -138,6 +146,72 @@ def test_a_key_at_two_places_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.jpg", image(0)), ("b.jpg", image(1)), ("a.cls", b"1")])
     with pytest.raises(StorageError, match="'a' comes at two places"):
         index_shards(str(tmp_path))
+
+
+def test_a_killed_walk_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Shard 0 is changed behind its receipt's back, so it tells whether it is walked again; shard 1 openly."""
+    folder = tmp_path / "shards"
+    for shard in range(8):
+        write_tar(folder / f"deep/{shard}.tar", [(f"{shard}-{i}.jpg", image(10 * shard + i)) for i in range(3)])
+    endless = folder / "last.tar"
+    zeros = tarfile.TarInfo("x.bin")
+    zeros.size = 2**33 - 1024  # they take no place on the disk, but time to walk: it is killed there
+    with endless.open("wb") as file:
+        file.write(zeros.tobuf())
+        file.truncate(2**33)
+    walk = subprocess.Popen([sys.executable, "-m", "jobs.index", str(folder), "--threads", "1"])
+    deadline = time.monotonic() + 120
+    while len(receipts := list((folder / ".progress/deep").glob("*.json"))) < 8 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(walk.pid, signal.SIGKILL)
+    assert walk.wait() == -signal.SIGKILL
+    assert len(receipts) == 8
+    assert not (folder / "manifest.json").exists()
+
+    hidden = folder / "deep/0.tar"
+    before = hidden.stat()
+    hidden.write_bytes(b"?" * before.st_size)
+    os.utime(hidden, ns=(before.st_atime_ns, before.st_mtime_ns))
+    write_tar(folder / "deep/1.tar", [("new.jpg", image(99))])
+    write_tar(endless, [("end.jpg", image(98))])
+    progress: list[tuple[int, int]] = []
+    manifest = index_shards(str(folder), on_progress=lambda done, total: progress.append((done, total))).manifest
+    assert manifest.keys()[:4] == ["0-0", "0-1", "0-2", "new"]
+    assert manifest.keys()[-2:] == ["7-2", "end"]
+    assert manifest.shards.count.tolist() == [3, 1, *[3] * 6, 1]
+    assert progress[-1] == (sum(manifest.shards.size), sum(manifest.shards.size))
+    assert not (folder / ".progress").exists()
+
+    write_tar(hidden, [(f"0-{i}.jpg", image(i)) for i in range(3)])
+    assert index_shards(str(folder)).manifest.digest == manifest.digest, "as a walk that nobody killed"
+
+
+@pytest.mark.integration
+def test_an_object_that_was_replaced_is_walked_again(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same size: its ETag tells."""
+
+    def put(shard: int, data: bytes) -> None:
+        write_tar(tmp_path / "x.tar", [(f"{shard}.jpg", data)])
+        storage.upload(tmp_path / "x.tar", f"{s3.url}/resumed/{shard}.tar")
+
+    for shard in range(3):
+        put(shard, bytes([shard]) * 600)
+    storage.write_bytes(f"{s3.url}/resumed/3.tar", b"?" * 512)
+    with pytest.raises(StorageError, match=r"3\.tar.*damaged"):
+        index_shards(f"{s3.url}/resumed", num_threads=1)
+    put(1, b"x" * 600)
+    put(3, b"3" * 600)
+    walked: list[int] = []
+
+    def walk(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
+        walked.append(shard)
+        return walk_tar(manifest, fetch, shard)
+
+    monkeypatch.setattr("pipeline.data.foreign.walk_tar", walk)
+    manifest = index_shards(f"{s3.url}/resumed").manifest
+    assert sorted(walked) == [1, 3]
+    assert manifest.samples.crc32.tolist() == [zlib.crc32(d * 600) for d in (b"\0", b"x", b"\2", b"3")]
+    assert not [name for name in storage.list_sizes(f"{s3.url}/resumed") if name.startswith(".")]
 
 
 @pytest.mark.integration

@@ -15,8 +15,8 @@ import webdataset
 
 from jobs import write_shards as job
 from pipeline import storage
-from pipeline.data import writer
 from pipeline.data.manifest import Manifest
+from pipeline.data.receipts import fingerprint
 from pipeline.data.sources import SourceError, open_source, shard_tasks
 from pipeline.data.verify import verify
 from pipeline.data.writer import Sample, SampleError, ShardTask, write_shards, write_tasks
@@ -258,4 +258,4 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
         assert tar.getnames() == [f"{key}.jpg" for key in keys]
     header = json.loads((tmp_path / "manifest.json").read_text())
     assert header["splits"] == {"train": 3}
-    assert writer.fingerprint(["a", "b"]) != writer.fingerprint(["ab"])
+    assert fingerprint(["a", "b"]) != fingerprint(["ab"])

@@ -1,0 +1,61 @@
+"""What has been found out about single shards: of all of them it becomes the manifest.
+
+Until then each finished shard leaves a receipt below ``<url>/.progress``, so a job that was killed goes on where it
+stopped. A receipt counts only for the fingerprint of what its shard was made or read from.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline import storage
+
+_FOLDER = ".progress"
+
+
+@dataclass
+class ShardRows:
+    """What the manifest will say about one shard."""
+
+    name: str
+    split: str
+    size: int = 0
+    columns: dict[str, list[Any]] = field(
+        default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
+    )
+    without_image: int = 0  # groups of members that were passed over, in a tar that another tool wrote
+
+
+class Receipts:
+    """The receipts in one folder of shards; safe to use from several threads."""
+
+    def __init__(self, url: str, names: Collection[str]) -> None:
+        """``names``: what a listing of ``url`` has found."""
+        self._url = url
+        self._names = names
+
+    def find(self, shard: str, fingerprint: str) -> ShardRows | None:
+        """What an earlier attempt found out about a shard, if it was the same."""
+        name = _name(shard, fingerprint)
+        if name not in self._names:
+            return None
+        return ShardRows(**json.loads(storage.read_bytes(storage.join(self._url, name))))
+
+    def keep(self, rows: ShardRows, fingerprint: str) -> None:
+        """For a later attempt."""
+        storage.write_bytes(storage.join(self._url, _name(rows.name, fingerprint)), json.dumps(asdict(rows)).encode())
+
+    def clear(self) -> None:
+        """The manifest is there."""
+        storage.delete(storage.join(self._url, _FOLDER))
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A short digest of what determines a shard."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _name(shard: str, fingerprint: str) -> str:
+    return f"{_FOLDER}/{shard}.{fingerprint}.json"
