@@ -82,16 +82,18 @@ def check_every_world_size(manifest: Manifest, batch: int, start: int) -> None:
 def test_any_step_is_the_same_at_every_world_size(
     batch: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Lanes of blocks of a few samples, or of one block."""
+    """Lanes of blocks of a few samples, or of one block; a lane for each row, or ranks that share lanes."""
     manifest = write(tmp_path_factory.mktemp("shards"), data.draw(shard_sizes(batch)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "BLOCK_BYTES", data.draw(st.sampled_from([1, 4 * len(IMAGES[0]), 2**23])))
+        patch.setattr(plan_module, "MAX_LANES", data.draw(st.sampled_from([7, 64])))
         check_every_world_size(manifest, batch, data.draw(st.integers(0, 9)))
 
 
-def test_shards_of_one_sample_each(tmp_path: Path) -> None:
+def test_shards_of_one_sample_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = write(tmp_path, [1] * 100)
-    for batch, start in ((48, 3), (40, 1), (36, 2)):
+    for max_lanes, batch, start in ((64, 48, 3), (7, 48, 1), (64, 36, 2)):
+        monkeypatch.setattr(plan_module, "MAX_LANES", max_lanes)
         check_every_world_size(manifest, batch, start)
 
 
