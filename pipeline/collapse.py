@@ -30,6 +30,10 @@ class NonFiniteLossError(UserError):
         super().__init__(message)
         self.sample_ids = sample_ids
 
+    def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:
+        """An exception pickles its message alone, and Ray would tell of that instead of the loss."""
+        return type(self), (str(self), self.sample_ids)
+
 
 @torch.no_grad()
 def diagnose(first: Tensor, second: Tensor) -> dict[str, Tensor]:

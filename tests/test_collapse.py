@@ -1,6 +1,7 @@
 """The guard sees a collapse, acts on all ranks together, and stops a non-finite loss before the update."""
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -65,3 +66,9 @@ def test_all_ranks_decide_alike_even_if_only_one_has_seen_it() -> None:
 
 def test_a_finite_loss_passes() -> None:
     stop_unless_finite(torch.tensor(2.0), torch.arange(2))
+
+
+def test_the_error_travels_between_processes_with_its_samples() -> None:
+    """Ray pickles it on its way to the driver."""
+    error = pickle.loads(pickle.dumps(NonFiniteLossError("step 3: not finite", [1, 2])))
+    assert (str(error), error.sample_ids) == ("step 3: not finite", [1, 2])

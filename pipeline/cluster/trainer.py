@@ -4,7 +4,7 @@ Ray Train starts the worker group, its process group, and both again after a fai
 (checkpoint.py): a restarted group finds the newest one by the run's name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -37,13 +37,6 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
     enough; it names what each rank died of.
     """
     inbox = Inbox()
-    reasons: dict[int, str] = {}  # rank -> why it stopped last
-
-    def forward(report: Report) -> None:
-        if isinstance(report, WorkerFailure):
-            reasons[report.rank] = report.reason
-        on_report(report)
-
     with TemporaryDirectory(prefix="parallax-ray-") as scratch:  # Ray's bookkeeping; nothing of ours is in it
         trainer = TorchTrainer(
             _train_worker,
@@ -66,10 +59,10 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
             ),
         )
         try:
-            with inbox.forwarding(forward):
+            with inbox.forwarding(on_report):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise TrainingError(explain(error, config.cluster.max_failures, reasons)) from error
+            raise TrainingError(explain(error, config.cluster.max_failures)) from error
 
 
 def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
@@ -105,16 +98,13 @@ def _train_worker(job: dict[str, Any]) -> None:
         raise
 
 
-def explain(error: ray.train.TrainingFailedError, max_failures: int, reasons: Mapping[int, str]) -> str:
-    """What the ranks died of. ``reasons``: their last own words, which count if Ray's traceback ends in them.
-
-    Without them it is the traceback's last line, and a message of several would be cut.
-    """
+def explain(error: ray.train.TrainingFailedError, max_failures: int) -> str:
+    """What the ranks died of: our own errors in full, of others (Ray's have a dozen lines) the last line."""
     ranks: dict[str, list[str]] = {}
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
-        traceback, words = str(failure).strip(), reasons.get(rank)
-        reason = words if words and traceback.endswith(words.strip()) else traceback.splitlines()[-1]
-        ranks.setdefault(reason, []).append(str(rank))
+        lines = str(failure).strip().splitlines() or [""]
+        reason = "\n".join(lines if isinstance(failure, UserError) else lines[-1:])
+        ranks.setdefault(f"{type(failure).__name__}: {reason}", []).append(str(rank))
     causes = "\n".join(f"rank {', '.join(numbers)}: {reason}" for reason, numbers in ranks.items())
     return (
         f"training failed, after at most {max_failures} restarts (cluster.max_failures); mend the cause and submit the "
