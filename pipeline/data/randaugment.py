@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
 BINS = 31  # magnitudes go from 0 to 30
+LUMA = np.tile(np.array([0.2989, 0.587, 0.114], np.float32), (3, 1))  # ITU-R 601, rounded as torchvision's
 _LEVELS = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 
@@ -24,9 +25,22 @@ def rand_augment(image: Pixels, magnitude: int, u_operation: float, u_sign: floa
     return operation(image, magnitude / (BINS - 1), -1.0 if u_sign < 0.5 else 1.0)
 
 
+def transform(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixels:
+    """``matrix`` (3, 3) @ each pixel of (H, W, 3) + ``offset``, clipped and truncated."""
+    full = np.empty((3, 4), np.float32)
+    full[:, :3] = matrix
+    full[:, 3] = offset - 0.499  # torchvision truncates, OpenCV rounds; whole numbers stay
+    return cv2.transform(image, full)
+
+
+def gray(image: Pixels) -> Pixels:
+    """(H, W, 3) of equal channels."""
+    return transform(image, LUMA, 0.0)
+
+
 def blend(image: Pixels, other: Pixels, factor: float) -> Pixels:
     """``factor`` x image + (1 - factor) x other, clipped; both (H, W, 3)."""
-    return cv2.addWeighted(image, factor, other, 1 - factor, -0.499)  # torchvision truncates, OpenCV rounds
+    return cv2.addWeighted(image, factor, other, 1 - factor, -0.499)  # truncated, as in transform
 
 
 def _warp(image: Pixels, matrix: list[list[float]]) -> Pixels:
@@ -65,13 +79,12 @@ def _brightness(image: Pixels, strength: float, sign: float) -> Pixels:
 
 
 def _color(image: Pixels, strength: float, sign: float) -> Pixels:
-    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return blend(image, gray, 1 + sign * 0.9 * strength)
+    return blend(image, gray(image), 1 + sign * 0.9 * strength)
 
 
 def _contrast(image: Pixels, strength: float, sign: float) -> Pixels:
-    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    return blend(image, np.full_like(image, round(mean)), 1 + sign * 0.9 * strength)
+    factor = 1 + sign * 0.9 * strength
+    return transform(image, factor * np.eye(3, dtype=np.float32), (1 - factor) * cv2.mean(gray(image))[0])
 
 
 def _sharpness(image: Pixels, strength: float, sign: float) -> Pixels:

@@ -18,9 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.data.randaugment import BINS, rand_augment
-
-Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
+from pipeline.data.randaugment import BINS, LUMA, Pixels, blend, gray, rand_augment, transform
 
 UNIFORMS_PER_VIEW = 44  # a multiple of 4: Philox makes four 64-bit words at a time
 
@@ -33,9 +31,8 @@ _RANDAUGMENT = 33  # up to three operations, two uniforms each
 _AFFINE, _ROTATE, _SHEAR = 39, 40, 41
 
 ORDERS = tuple(itertools.permutations(range(4)))
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as PIL and torchvision
+HUE_SCALE = 255.999 / 255  # torchvision goes from [0, 1] back to uint8 so, truncating
 _IDENTITY = np.eye(3, dtype=np.float32)
-_SOLARIZED = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
 
 
 class View(BaseModel):
@@ -154,12 +151,12 @@ def augment_colour(x: Pixels, view: View, u: Sequence[float]) -> Pixels:
         for operation in ORDERS[int(u[ORDER] * len(ORDERS))]:
             x = _JITTERS[operation](x, view, u)
     if u[GRAYSCALE] < view.grayscale:
-        x = cv2.cvtColor(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        x = gray(x)
     if u[BLUR] < view.blur:
         low, high = view.blur_sigma
         x = blur(x, low + (high - low) * u[SIGMA])
     if u[SOLARIZE] < view.solarize:
-        x = cv2.LUT(x, _SOLARIZED)
+        x = cv2.min(x, 255 - x)  # inverted from 128 on
     return x
 
 
@@ -225,32 +222,26 @@ def gaussian_kernel(taps: int, sigma: float) -> NDArray[np.float32]:
 
 def adjust_brightness(image: Pixels, factor: float) -> Pixels:
     """``factor`` x, clipped."""
-    return _affine(image, factor * _IDENTITY, 0.0)
+    return transform(image, factor * _IDENTITY, 0.0)
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
-    """Away from (or towards) the mean of the gray image."""
-    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    return _affine(image, factor * _IDENTITY, (1 - factor) * mean)
+    """Away from (or towards) the mean of the gray image, whose truncation takes half a level off."""
+    mean = float(LUMA[0] @ cv2.mean(image)[:3]) - 0.5
+    return transform(image, factor * _IDENTITY, (1 - factor) * mean)
 
 
 def adjust_saturation(image: Pixels, factor: float) -> Pixels:
     """Away from (or towards) the gray image."""
-    return _affine(image, factor * _IDENTITY + (1 - factor) * _LUMA, 0.0)
+    return blend(image, gray(image), factor)
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
-    """Turn the hue by ``shift`` of a full circle."""
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(shift * 255) % 256)  # wraps
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-
-
-def _affine(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixels:
-    full = np.empty((3, 4), np.float32)
-    full[:, :3] = matrix
-    full[:, 3] = offset - 0.499  # torchvision truncates, OpenCV rounds; whole numbers stay
-    return cv2.transform(image, full)
+    """Turn the hue by ``shift`` of a full circle. In float32: OpenCV's 8-bit HSV is off by 0.5, for 0.7 of the time."""
+    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
+    cv2.add(hsv, (shift % 1 * 360, 0, 0, 0), dst=hsv)  # OpenCV wraps above 360 degrees, not below 0
+    rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
+    return cv2.convertScaleAbs(rgb, alpha=HUE_SCALE, beta=-0.499)
 
 
 def _factor(strength: float, u: float) -> float:

@@ -43,15 +43,15 @@ def test_colours(factor: float) -> None:
     for seed, size in enumerate(SIZES):
         image = photo(*size, seed=seed)
         x = tensor(image)
-        assert difference(views.adjust_brightness(image, factor), F.adjust_brightness(x, factor)) < 0.5
-        assert difference(views.adjust_contrast(image, factor), F.adjust_contrast(x, factor)) < 0.5
-        assert difference(views.adjust_saturation(image, factor), F.adjust_saturation(x, factor)) < 0.5
+        assert difference(views.adjust_brightness(image, factor), F.adjust_brightness(x, factor)) < 0.01
+        assert difference(views.adjust_contrast(image, factor), F.adjust_contrast(x, factor)) < 0.15
+        assert difference(views.adjust_saturation(image, factor), F.adjust_saturation(x, factor)) < 0.15
 
 
 @pytest.mark.parametrize("shift", [-0.2, -0.05, 0.0, 0.1, 0.4, 0.5])
 def test_hue(shift: float) -> None:
     image = photo(224, 224)
-    assert difference(views.adjust_hue(image, shift), F.adjust_hue(tensor(image), shift)) < 0.9
+    assert difference(views.adjust_hue(image, shift), F.adjust_hue(tensor(image), shift)) < 0.05
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 1.0, 1.5, 2.0])
@@ -75,7 +75,7 @@ def uniforms(view: View, seed: int) -> list[float]:
 @pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize("recipe", ["simclr", "moco-v1", "moco-v2", "byol", "swav", "simclr-small"])
 def test_a_whole_view_is_torchvision_s_with_the_same_draws(recipe: str, seed: int) -> None:
-    """Everything in sequence; roundings of up to eight operations add up to no more than 1.5 of 255."""
+    """Everything in sequence; what remains is the rounding of the crop, 0.3 of 255, times the contrast."""
     view = RECIPES[recipe][seed % len(RECIPES[recipe])]
     size = view.size or (32 if recipe == "simclr-small" else 224)
     image = photo(*((32, 32) if size == 32 else (300, 400)), seed=seed % 5)
@@ -103,7 +103,7 @@ def test_a_whole_view_is_torchvision_s_with_the_same_draws(recipe: str, seed: in
         x = F.gaussian_blur(x, [size // 10 | 1] * 2, [sigma] * 2)
     if u[32] < view.solarize:
         x = F.solarize(x, 128)
-    assert difference(augment(image, view, size, u), x) < 1.5
+    assert difference(augment(image, view, size, u), x) < 1
 
 
 def test_crops_are_distributed_as_torchvision_s() -> None:
