@@ -87,10 +87,8 @@ def _find_or_create_model(
         params=manifest.card.hyperparameters,
         model_type="encoder",
     )
-    first = oldest() or created
-    if first.model_id != created.model_id:
-        client.delete_logged_model(created.model_id)  # another process was faster
-    return first
+    # Another process may have been faster. Ours stays, empty: a third may have taken it for the oldest meanwhile.
+    return oldest() or created
 
 
 def _upload(client: MlflowClient, model: LoggedModel, bundle: Path) -> None:
