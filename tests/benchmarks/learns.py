@@ -49,7 +49,7 @@ SETTINGS: dict[str, list[str]] = {
     ],
     "byol": [SGD, "method.projection_dim=128", "method.hidden_dim=512", "method.ema_decay=0.9"],
     "simsiam": [
-        SGD, "method.projection_dim=512", "method.predictor_hidden_dim=128", "optim.constant_lr=[predictor]"
+        LARS, "method.projection_dim=512", "method.predictor_hidden_dim=128", "optim.constant_lr=[predictor]"
     ],
     "vicreg": [SGD, "optim.lr=0.1", "method.projection_dim=512"],
     "barlow": [LARS, "method.projection_dim=512", "method.redundancy_weight=0.02"],
