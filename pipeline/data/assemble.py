@@ -109,7 +109,7 @@ class Assembler:
                 block = self._reader.read((epoch, other, self._plan.block_of(local, other)))
             for after in range(len(block.ids)):
                 place = (at + after) % len(block.ids)
-                yield block.ids[place], block.payloads[place]
+                yield block.ids[place], block.payload(place)
 
     def _first_decodable(
         self, candidates: Iterator[tuple[int, memoryview]], bad: list[BadSample]

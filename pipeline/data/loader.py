@@ -35,8 +35,8 @@ from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig
-from pipeline.data.plan import Plan, Run
-from pipeline.data.reader import read_run
+from pipeline.data.plan import Plan, Run, uniform_rows
+from pipeline.data.reader import read_run, run_bytes
 from pipeline.data.shared import Layout, allocate, attach
 from pipeline.data.views import Augmenter, Pixels, View, resize
 from pipeline.data.worker import Done, Job, Order
@@ -94,7 +94,8 @@ class Loader:
             end=(rank + 1) * per_rank,
             colour=colour,
         )
-        self._sizes = Augmenter(views, image_size).sizes
+        augmenter = Augmenter(views, image_size)
+        self._sizes, self._num_uniforms = augmenter.sizes, augmenter.num_uniforms
         self._num_workers = min(num_workers, per_rank)
         self._mirror = mirror
 
@@ -116,7 +117,7 @@ class Loader:
                 views = [np.empty((n, 3, size, size), np.uint8) for size in self._sizes]
                 ids = np.empty(n, np.int64)
                 self._note(assembler.fill(step, end_step, views, ids))
-                yield Batch([torch.from_numpy(view) for view in views], torch.from_numpy(ids))
+                yield Batch([torch.from_numpy(view) for view in views], torch.from_numpy(ids), self._draws(step))
         finally:
             assembler.close()
 
@@ -126,10 +127,19 @@ class Loader:
                 workers.order(step, end_step)
             for step in range(start_step, end_step):
                 self._note(workers.wait_for(step))
-                batch = workers.copy_of(step)
+                batch = workers.copy_of(step)._replace(draws=self._draws(step))
                 if step + _SLOTS < end_step:
                     workers.order(step + _SLOTS, end_step)
                 yield batch
+
+    def _draws(self, step: int) -> Tensor | None:
+        """What ``DeviceColour`` needs at ``step``: the rows of the table that the assemblers draw from."""
+        if self._rows.colour:
+            return None
+        epoch, local = divmod(step, self.steps_per_epoch)
+        first, count = local * self._rows.global_batch_size + self._rows.start, self._rows.end - self._rows.start
+        uniforms = uniform_rows(self._rows.seed, epoch, first, count, self._num_uniforms)
+        return torch.from_numpy(uniforms).float().reshape(count, len(self._sizes), -1)
 
     def _note(self, bad: list[BadSample]) -> None:
         self.quarantine.update((sample.sample_id, sample) for sample in bad)
@@ -297,7 +307,10 @@ def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memory
         same_shard = int(np.searchsorted(samples.shard, samples.shard[first], side="right"))
         near = samples.offset[first:same_shard] < samples.offset[first] + _READ_BYTES
         count = int(np.count_nonzero(near))
-        yield from read_run(manifest, samples, fetch, Run(samples.first_id + first, count)).items()
+        run = Run(samples.first_id + first, count)
+        buffer = np.empty(run_bytes(samples, run), np.uint8).data
+        places = read_run(manifest, samples, fetch, run, buffer)
+        yield from ((run.first + row, buffer[start:end]) for row, (start, end) in enumerate(places))
         first += count
 
 

@@ -29,11 +29,20 @@ class IntegrityError(StorageError):
 class Block:
     """A block in memory: ids and checked payloads in the order in which batches take them."""
 
-    def __init__(self, start: int, ids: list[int], payloads: list[memoryview], buffer: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, start: int, ids: list[int], starts: list[int], ends: list[int], buffer: NDArray[np.uint8]
+    ) -> None:
         self.start = start  # in the lane, in samples
         self.ids = ids
-        self.payloads = payloads  # valid until the reader moves past the block
         self.buffer = buffer
+        self._starts, self._ends = starts, ends
+
+    def payload(self, place: int) -> memoryview:
+        """What sample ``ids[place]`` holds, valid until the reader moves past the block.
+
+        Sliced on demand: views kept for every sample of a block cost the garbage collector 0.1 CPU-s/GB.
+        """
+        return self.buffer.data[self._starts[place] : self._ends[place]]
 
 
 class LaneReader:
@@ -50,6 +59,7 @@ class LaneReader:
         self._ahead: dict[BlockKey, Future[Block]] = {}
         self._asked: list[tuple[int, bytes]] = []  # what the last call looked at
         self._free: list[NDArray[np.uint8]] = []  # buffers: fresh memory costs 0.3 CPU-s/GB in page faults
+        self._largest = 0
         self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="parallax-fetch")
 
     def at(self, step: int, end_step: int) -> dict[int, Block]:
@@ -67,14 +77,17 @@ class LaneReader:
     def read(self, key: BlockKey) -> Block:
         """Any lane's block, read now."""
         runs = self._plan.block_runs(*key)
-        ends = np.cumsum([_run_bytes(self._samples, run) for run in runs]).tolist()
-        buffer = self._buffer(ends[-1])
-        payloads: dict[int, memoryview] = {}
-        for run, start, end in zip(runs, [0, *ends], ends, strict=False):
-            payloads.update(read_run(self._manifest, self._samples, self._fetch, run, buffer.data[start:end]))
-        ids = self._plan.block_ids(*key).tolist()
+        edges = np.cumsum([0, *(run_bytes(self._samples, run) for run in runs)]).tolist()
+        buffer = self._buffer(edges[-1])
+        for run, low, high in zip(runs, edges, edges[1:], strict=False):
+            read_run(self._manifest, self._samples, self._fetch, run, buffer.data[low:high])
+        read = np.concatenate([np.arange(run.first, run.first + run.count) for run in runs])
+        bounds = np.concatenate([_bounds(self._samples, run) + low for run, low in zip(runs, edges, strict=False)], 1)
+        ids = self._plan.block_ids(*key)
+        by_id = np.argsort(read)
+        starts, ends = bounds[:, by_id[np.searchsorted(read, ids, sorter=by_id)]].tolist()
         _, lane, block = key
-        return Block(self._plan.block_start(lane, block), ids, [payloads[i] for i in ids], buffer)
+        return Block(self._plan.block_start(lane, block), ids.tolist(), starts, ends, buffer)
 
     def close(self) -> None:
         """Forget the blocks and let the threads end."""
@@ -122,42 +135,54 @@ class LaneReader:
         self._current[lane] = key, future.result()
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
+        self._largest = max(self._largest, -(-size // _MIB) * _MIB)
         try:  # another thread may be quicker: then there is nothing to take
-            fitting = next((i for i, buffer in enumerate(self._free) if len(buffer) >= size), None)
-            buffer = self._free.pop(fitting or 0)
-            if len(buffer) >= size:
-                return buffer  # else it is dropped, so that the buffers do not add up
+            while len(buffer := self._free.pop()) < size:
+                pass  # dropped, so that the small ones do not add up
         except IndexError:
-            pass
-        return np.empty(-(-size // _MIB) * _MIB, np.uint8)
+            return np.empty(self._largest, np.uint8)  # what is never written to takes no memory
+        return buffer
 
 
-def _run_bytes(samples: Samples, run: Run) -> int:
-    first, last = run.first - samples.first_id, run.first - samples.first_id + run.count - 1
-    return int(samples.offset[last]) + int(samples.length[last]) - int(samples.offset[first])
+def run_bytes(samples: Samples, run: Run) -> int:
+    """How many bytes ``read_run`` reads: samples of one shard and the tar headers between them."""
+    return int(_bounds(samples, run)[1, -1])
 
 
-def read_run(
-    manifest: Manifest, samples: Samples, fetch: Fetch, run: Run, buffer: memoryview | None = None
-) -> dict[int, memoryview]:
-    """id -> payload of consecutive samples of one shard, by one read, into ``buffer`` if it is given.
-
-    IntegrityError where a checksum is still wrong after refetches.
-    """
+def _bounds(samples: Samples, run: Run) -> NDArray[np.int64]:
+    """(2, n): where each sample starts and ends, in bytes from the first one's start."""
     first = run.first - samples.first_id
     rows = slice(first, first + run.count)
-    shard = int(samples.shard[first])
-    start = int(samples.offset[first])
-    starts = (samples.offset[rows] - start).tolist()
-    ends = (samples.offset[rows] - start + samples.length[rows]).tolist()
-    if buffer is None:
-        buffer = np.empty(ends[-1], np.uint8).data
-    fetch.fill(shard, start, buffer)
-    payloads = [buffer[at:end] for at, end in zip(starts, ends, strict=True)]
-    for row, (payload, crc) in enumerate(zip(payloads, samples.crc32[rows].tolist(), strict=True)):
-        if crc32(payload) != crc:
-            _refetch(manifest, fetch, shard, start + starts[row], payload, run.first + row, crc)
-    return dict(zip(range(run.first, run.first + run.count), payloads, strict=True))
+    starts = samples.offset[rows] - samples.offset[first]
+    return np.stack([starts, starts + samples.length[rows]])
+
+
+def read_run(manifest: Manifest, samples: Samples, fetch: Fetch, run: Run, buffer: memoryview) -> list[tuple[int, int]]:
+    """Consecutive samples of one shard by one read into ``buffer`` (of ``run_bytes``); where each lies in it.
+
+    Checksums are computed while the bytes arrive and are in the cache. IntegrityError where one is still wrong after
+    refetches.
+    """
+    first = run.first - samples.first_id
+    shard, offset = int(samples.shard[first]), int(samples.offset[first])
+    places = list(zip(*_bounds(samples, run).tolist(), strict=True))
+    crcs = samples.crc32[first : first + run.count].tolist()
+    checked = 0
+    wrong: list[int] = []
+
+    def check(arrived: int) -> None:
+        nonlocal checked
+        while checked < len(places) and places[checked][1] <= arrived:
+            start, end = places[checked]
+            if crc32(buffer[start:end]) != crcs[checked]:
+                wrong.append(checked)
+            checked += 1
+
+    fetch.fill(shard, offset, buffer, check)
+    for row in wrong:
+        start, end = places[row]
+        _refetch(manifest, fetch, shard, offset + start, buffer[start:end], run.first + row, crcs[row])
+    return places
 
 
 def _refetch(
