@@ -57,6 +57,7 @@ class DataConfig(_Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, as timm's default
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     loader_workers: int = Field(default=2, ge=0, le=128)  # processes per rank; 0 = in the training process
+    colour_on: Literal["auto", "cpu", "device"] = "auto"  # cpu: the loader's workers; auto: the device if it is a GPU
     max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)  # of samples that cannot be decoded
     mirror: MirrorConfig | None = None  # keep what is read on every node's disk: {folder: /mnt/nvme, max_gib: 500}
 
@@ -196,7 +197,8 @@ class Config(_Section):
         """The run's name: ``<name>-<hash>`` of what determines the weights, so submitting it again resumes it.
 
         The cluster, the loader's workers, logging, tracking and evaluation are left out: none of them
-        changes the weights.
+        changes the weights. Nor does data.colour_on but by rounding, as another kind of device would: the draws are
+        the same and pixels differ by less than 1 of 255, so a run may go on where colour is computed elsewhere.
         """
         determining = self.model_dump(mode="json", include={"seed", "model", "method", "optim"})
         determining["data"] = {

@@ -13,7 +13,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.writer import write_shards
 from pipeline.methods.base import Method
 from pipeline.optim import build_optimizer, peak_lr
-from pipeline.train import build_method, hyperparameters, prepare, to_device, train_step
+from pipeline.train import build_method, hyperparameters, loader_colours, prepare, to_device, train_step
 
 _DRY_BATCH = 64  # rows tried in a dry run: enough to fail where a real batch would, quick on any laptop
 
@@ -69,6 +69,7 @@ def dry_run(config: Config, manifest: Manifest, device: torch.device) -> DryRun:
     loader = Loader(
         manifest, "train", config.method.views,
         image_size=config.model.image_size, global_batch_size=rows, seed=config.seed,
+        colour=loader_colours(config, device),
     )  # fmt: skip
     method: Method = build_method(config).to(device).train()
     optimizer = build_optimizer(method, config.optim, peak_lr(config.optim, config.train.global_batch_size))

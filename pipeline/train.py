@@ -5,6 +5,7 @@
 pure function of (manifest, seed, step), so a run resumed from a checkpoint follows the undisturbed one.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainState
 from pipeline.collapse import NonFiniteLossError, act_on_collapse, diagnose, stop_unless_finite
 from pipeline.config import Config, TrainConfig, dump
 from pipeline.data.batch import Batch
+from pipeline.data.device_views import DeviceColour
 from pipeline.data.loader import Loader, normalize
 from pipeline.data.manifest import Manifest
 from pipeline.methods.base import Method, method_class
@@ -64,7 +66,7 @@ def hyperparameters(config: Config, step: int, steps_per_epoch: int) -> Hyperpar
     )
 
 
-def make_loader(config: Config, manifest: Manifest) -> Loader:
+def make_loader(config: Config, manifest: Manifest, device: torch.device) -> Loader:
     """This rank's loader over the training split."""
     return Loader(
         manifest,
@@ -77,12 +79,26 @@ def make_loader(config: Config, manifest: Manifest) -> Loader:
         world_size=distributed.world_size(),
         num_workers=config.data.loader_workers,
         mirror=config.data.mirror,
+        colour=loader_colours(config, device),
     )
+
+
+def loader_colours(config: Config, device: torch.device) -> bool:
+    """Whether the loader's workers do the colour, or ``to_device``."""
+    return config.data.colour_on == "cpu" or (config.data.colour_on == "auto" and device.type == "cpu")
+
+
+device_colour = functools.cache(DeviceColour)
 
 
 def to_device(batch: Batch, config: Config, device: torch.device) -> Batch:
     """uint8 views on the CPU -> normalised floats on ``device``; a quarter of the bytes cross the bus."""
-    views = [normalize(view.to(device, non_blocking=True), config.data.mean, config.data.std) for view in batch.views]
+    mean, std = config.data.mean, config.data.std
+    views = [view.to(device, non_blocking=True) for view in batch.views]
+    if batch.draws is None:
+        views = [normalize(view, mean, std) for view in views]
+    else:
+        views = device_colour(config.method.views, mean, std, device)(views, batch.draws)
     if config.train.channels_last:
         views = [view.to(memory_format=torch.channels_last) for view in views]
     return Batch(views, batch.sample_ids.to(device, non_blocking=True))
@@ -147,7 +163,7 @@ def fit(
     if config.train.global_bn:
         method = distributed.convert_global_bn(method, config.train.bn_ranks_per_group)
     optimizer = build_optimizer(method, config.optim, peak_lr(config.optim, config.train.global_batch_size))
-    loader = make_loader(config, manifest)
+    loader = make_loader(config, manifest, device)
     total_steps = config.train.epochs * loader.steps_per_epoch
     quarantine = Quarantine(
         checkpoints.url,

@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.data.randaugment import BINS, LUMA, Pixels, blend, gray, rand_augment, transform
+from pipeline.data.randaugment import BINS, LUMA, blend, gray, rand_augment, transform
+
+Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
 UNIFORMS_PER_VIEW = 44  # a multiple of 4: Philox makes four 64-bit words at a time
 
@@ -238,8 +240,8 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
     """Turn the hue by ``shift`` of a full circle. In float32: OpenCV's 8-bit HSV is off by 0.5, for 0.7 of the time."""
-    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
-    cv2.add(hsv, (shift % 1 * 360, 0, 0, 0), dst=hsv)  # OpenCV wraps above 360 degrees, not below 0
+    hsv: Pixels = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
+    hsv[..., 0] += shift % 1 * 360  # OpenCV wraps above 360 degrees, not below 0
     rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
     return cv2.convertScaleAbs(rgb, alpha=HUE_SCALE, beta=-0.499)
 
