@@ -105,7 +105,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_its_samples(
 ) -> None:
     def poisoned(batch: Batch, config: Config, device: torch.device) -> Batch:
         batch = to_device(batch, config, device)
-        return Batch([view * float("nan") for view in batch.views], batch.sample_ids)
+        return batch._replace(views=[view * float("nan") for view in batch.views])
 
     monkeypatch.setattr("pipeline.train.to_device", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 0: the loss is not finite.*non-finite-000000000.json") as error:
@@ -129,6 +129,23 @@ def test_diagnoses_are_reported(config: Config, tmp_path: Path) -> None:
     assert "embedding/std" not in reports[0].metrics
     assert 0 < reports[1].metrics["embedding/std"] < 2
     assert reports[2].metrics["embedding/rank_me"] == reports[1].metrics["embedding/rank_me"] >= 1
+
+
+def test_colour_on_the_device_trains_as_in_the_loader_and_resumes(config: Config, tmp_path: Path) -> None:
+    """A fixed learning rate of next to nothing keeps rounding from growing; SimCLR's own views with every operation."""
+    base = override(
+        config, ["train.epochs=1", "optim.lr=1e-4", "method.views=simclr", "train.checkpoint_every_steps=2"]
+    )
+    _, expected = run(base, str(tmp_path / "loader"))
+    on_device = override(base, ["data.colour_on=device"])
+    undisturbed, reports = run(on_device, str(tmp_path / "device"))
+    losses = [[report.metrics["loss"] for report in each] for each in (reports, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != losses[1], "the setting reached the computation"
+    run(on_device, str(tmp_path / "killed"), until=3)
+    resumed, second = run(on_device, str(tmp_path / "killed"))
+    assert [report.metrics["loss"] for report in second] == losses[0][2:]
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
 
 
 @pytest.mark.parametrize(
