@@ -43,7 +43,7 @@ def test_colours(factor: float) -> None:
     for seed, size in enumerate(SIZES):
         image = photo(*size, seed=seed)
         x = tensor(image)
-        assert difference(views.adjust_brightness(image, factor), F.adjust_brightness(x, factor)) < 0.05
+        assert difference(views.adjust_brightness(image, factor), F.adjust_brightness(x, factor)) < 0.15
         assert difference(views.adjust_contrast(image, factor), F.adjust_contrast(x, factor)) < 0.15
         assert difference(views.adjust_saturation(image, factor), F.adjust_saturation(x, factor)) < 0.15
 
