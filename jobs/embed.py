@@ -79,6 +79,9 @@ def embed(arguments: argparse.Namespace) -> None:
             gpus_per_actor=cluster.gpus_per_worker,
             on_progress=show,
         )
+    if done.undecodable:
+        total = done.images + done.undecodable
+        print(f"  {done.undecodable:,} of {total:,} images cannot be decoded and have no embedding")
     print(f"""\
 {done.shards} shards are embedded by {encoder.name} version {encoder.version}
   files  {out_url}/*.parquet

@@ -290,3 +290,15 @@ def test_ema_moves_parameters_by_the_decay_and_leaves_buffers_alone() -> None:
     for old, new in zip(before.buffers(), momentum.buffers(), strict=True):
         assert torch.equal(old, new)
     assert all(p.grad is None and p.is_leaf for p in momentum.parameters())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_ema_reads_an_online_network_in_another_memory_layout(decay: float) -> None:
+    online, momentum = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)
+    expected = [
+        decay * m.double() + (1 - decay) * o.double()
+        for m, o in zip(momentum.parameters(), online.parameters(), strict=True)
+    ]
+    ema_update_([(online.to(memory_format=torch.channels_last), momentum)], decay)
+    for parameter, value in zip(momentum.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.double(), value, rtol=1e-6, atol=1e-7)

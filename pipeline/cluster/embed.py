@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.archive import load_archive
+from pipeline.data.assemble import MAX_BAD_SHARE
 from pipeline.data.loader import read_images
 from pipeline.data.manifest import Manifest, build_manifest
 from pipeline.errors import UserError
@@ -60,6 +61,7 @@ class Embedded(NamedTuple):
     shards: int  # complete ones, those of earlier runs included
     of_shards: int
     images: int  # embedded by this run
+    undecodable: int  # left out by this run
     seconds: float
 
 
@@ -78,18 +80,20 @@ def embed_shards(
     """Write ``<out_url>/<shard>.parquet`` for every shard of ``splits``, on the connected Ray.
 
     Columns: sample_id int64 (the manifest's), embedding float32 (fixed-size list), model_name, model_version int32.
-    Raises EmbedError if ``out_url`` holds the embeddings of another encoder or of other data, or if a shard
-    is damaged or cannot be read; what was written until then stays and is not done again.
+    Images that cannot be decoded have no row. Raises EmbedError if they are more than MAX_BAD_SHARE of the
+    splits, if ``out_url`` holds the embeddings of another encoder or of other data, or if a shard is damaged or
+    cannot be read; what was written until then stays and is not done again.
     """
     started = time.monotonic()
     shards = [i for i, split in enumerate(manifest.shards.split) if split in splits]
     _claim(out_url, encoder, manifest)
     present = storage.list_sizes(out_url)
     missing = [i for i in shards if _file_name(manifest, i) not in present]
-    done = Embedded(len(shards) - len(missing), len(shards), 0, 0.0)
+    done = Embedded(len(shards) - len(missing), len(shards), 0, 0, 0.0)
     on_progress(done)
     if not missing:
         return done
+    total = int(manifest.shards.count[shards].sum())
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and timings, line by line; failures are raised
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -105,8 +109,17 @@ def embed_shards(
     for row in rows.iter_rows():
         if row["error"]:
             raise EmbedError(f"{manifest.shard_url(int(row['shard']))}: {row['error']}")
-        done = Embedded(done.shards + 1, done.of_shards, done.images + int(row["images"]), time.monotonic() - started)
+        embedded = int(row["images"])
+        undecodable = done.undecodable + int(manifest.shards.count[row["shard"]]) - embedded
+        seconds = time.monotonic() - started
+        done = Embedded(done.shards + 1, done.of_shards, done.images + embedded, undecodable, seconds)
         on_progress(done)
+        if undecodable > MAX_BAD_SHARE * total:
+            raise EmbedError(
+                f"{undecodable} of {total} images cannot be decoded, the last ones in "
+                f"{manifest.shard_url(int(row['shard']))}; at most {MAX_BAD_SHARE:.0%} may be left out: "
+                "mend or rewrite the shards; the actors' logs name each image"
+            )
     return done
 
 
@@ -124,6 +137,8 @@ class _ShardEmbedder:
             self._model = load_archive(self._encoder.files["model.pt2"], self._device)
             check_golden(self._model, Path(folder), self._device)
             self._preprocessing = read_preprocessing(Path(folder))
+            with np.load(Path(folder) / "golden.npz", allow_pickle=False) as golden:
+                self._feature_dim = golden["embeddings"].shape[1]
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         """One row per shard: how many images, or the user's error as text (Ray would bury it in two of its own)."""
@@ -136,8 +151,9 @@ class _ShardEmbedder:
 
     def _embed(self, shard: int) -> int:
         first_id, part = _one_shard(self._manifest, shard)
-        ids, embeddings = [], []
-        for batch_ids, images, _ in read_images(part, part.splits[0], self._preprocessing.image_size, self._batch_size):
+        ids, embeddings = [np.empty(0, np.int64)], [np.empty((0, self._feature_dim), np.float32)]
+        size = self._preprocessing.image_size
+        for batch_ids, images, _ in read_images(part, part.splits[0], size, self._batch_size, max_bad_share=1):
             pixels = torch.as_tensor(images).to(self._device, non_blocking=True)
             with torch.inference_mode():
                 embeddings.append(self._model(self._preprocessing(pixels)).float().cpu().numpy())

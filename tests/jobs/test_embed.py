@@ -26,7 +26,8 @@ from tests.conftest import S3
 from tests.encoders import export_tiny, of_another_run, tiny_backbone
 from tests.servers import RayCluster
 
-IMAGES = 70  # 3 shards of 16 and one of 2 to train on, 2 to validate on
+IMAGES = 120  # 3 shards of 16 and one of 2 to train on, 5 to validate on
+BROKEN = 17
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -58,9 +59,9 @@ def pixels() -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28, 3), dtype=np.uint8)
 
 
-def shards_at(url: str) -> Manifest:
+def shards_at(url: str, broken: set[int] = frozenset()) -> Manifest:
     def sample(i: int, image: NDArray[np.uint8]) -> Sample:
-        png = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
+        png = b"not an image" if i in broken else cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
         return Sample(f"{i:04d}", png, "png", "train" if i < 50 else "validation")
 
     return write_shards((sample(i, image) for i, image in enumerate(pixels())), url, max_shard_samples=16)
@@ -96,7 +97,7 @@ def rows(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], set[tupl
 
 @pytest.mark.integration
 def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(registry: Registry, tmp_path: Path) -> None:
-    manifest = shards_at(str(tmp_path / "shards"))
+    manifest = shards_at(str(tmp_path / "shards"), {BROKEN})
     out = tmp_path / "out"
     first = embed(registry, "--data", manifest.url, "--out", str(out))
     assert first.returncode == 0, first.stderr
@@ -104,13 +105,14 @@ def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(registry
     assert [line for line in first.stderr.splitlines() if "core_worker.cc" not in line] == []
     assert "tiny version 2" in first.stdout
     ids, embeddings, models = rows(out)
-    assert ids.tolist() == list(range(IMAGES))
-    np.testing.assert_allclose(embeddings, expected(registry), rtol=1e-3, atol=1e-4)
+    assert ids.tolist() == [i for i in range(IMAGES) if i != BROKEN]
+    assert "1 of 120 images cannot be decoded" in first.stdout
+    np.testing.assert_allclose(embeddings, np.delete(expected(registry), BROKEN, 0), rtol=1e-3, atol=1e-4)
     assert models == {("tiny", 2)}
     names = sorted(path.name for path in out.glob("*.parquet"))
     assert names == sorted(name.replace(".tar", ".parquet") for name in manifest.shards.name)
 
-    kept, lost = out / names[0], out / names[-1]
+    kept, lost = out / names[0], out / names[BROKEN // 16]
     content, written = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
     again = embed(registry, "--data", manifest.url, "--out", str(out))
@@ -149,6 +151,14 @@ def test_a_damaged_shard_is_one_clear_error(registry: Registry, tmp_path: Path) 
     assert shard.name in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / shard.name.replace(".tar", ".parquet")).exists()
+
+
+def test_too_many_images_that_cannot_be_decoded_end_the_job(registry: Registry, tmp_path: Path) -> None:
+    manifest = shards_at(str(tmp_path / "shards"), {17, 18})
+    done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "2 of 120 images cannot be decoded" in done.stderr
+    assert manifest.shards.name[1] in done.stderr
 
 
 def test_a_folder_with_the_embeddings_of_another_version_is_refused(registry: Registry, tmp_path: Path) -> None:
