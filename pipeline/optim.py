@@ -117,31 +117,15 @@ def ema_update_(pairs: Iterable[tuple[nn.Module, nn.Module]], decay: float) -> N
     """momentum <- decay * momentum + (1 - decay) * online, for the parameters of each (online, momentum) pair.
 
     Buffers are left alone: a momentum encoder keeps its own BatchNorm statistics. Call it after the
-    optimizer's step (BYOL). On the CPU one fused pass, a step of SGD down |momentum - online|^2 / 2, which is 5 % faster
-    than torch's lerp: 3 to 4x a Python loop, and at the speed of the memory.
+    optimizer's step (BYOL), one fused pass: 3 to 4x a Python loop, at the speed of a flat lerp.
     """
     online: list[Tensor] = []
     momentum: list[Tensor] = []
     for online_module, momentum_module in pairs:
         online += list(online_module.parameters())
         momentum += list(momentum_module.parameters())
-    if not online:
-        return
-    if online[0].device.type != "cpu":
+    if online:
         torch._foreach_lerp_(momentum, online, 1 - decay)
-        return
-    torch._fused_sgd_(
-        momentum,
-        [_laid_out_like(o, m) for o, m in zip(online, momentum, strict=True)],
-        [],
-        weight_decay=1.0,
-        momentum=0.0,
-        lr=1 - decay,
-        dampening=0.0,
-        nesterov=False,
-        maximize=True,
-        is_first_step=False,
-    )
 
 
 class LARS(Optimizer):
@@ -224,8 +208,6 @@ CHUNK = 131072  # 512 KiB each of weight and gradient: three dot products read t
 
 def _laid_out_like(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the memory layout of ``like``, which torch's fused kernels take for granted; mostly ``x`` itself."""
-    if x.stride() == like.stride():
-        return x
     strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (x, like)]
     return x if strides[0] == strides[1] else torch.empty_like(like).copy_(x)
 
