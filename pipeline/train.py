@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     autocast = torch.autocast(batch.views[0].device.type, torch.bfloat16, enabled=config.precision == "bf16")
     if config.micro_batches > 1:
-        loss, metrics = backward_in_parts(method, batch.views, config.micro_batches, autocast)
+        loss, metrics = backward_in_parts(method, batch, config.micro_batches, autocast)
     else:
         with autocast:
             loss, metrics = model(batch)
@@ -198,7 +198,7 @@ def fit(
         if is_logged:
             progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis, values, len(quarantine.samples))
             if distributed.rank() == 0:
-                report(progress)
+                report(replace(progress, metrics=progress.metrics | method.gauges()))
         if is_saved and distributed.rank() == 0:
             checkpoints.save(snapshot(done, method, optimizer, config, manifest, mlflow_run_id))
     return method

@@ -47,6 +47,7 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]]
     observed: tuple[Tensor, Tensor]  # the last step's embeddings of two views (B, D), for the collapse guard
+    sample_ids: Tensor  # (B,) of the batch whose embeddings ``loss`` gets
 
     def __init__(self, backbone: Backbone, config: MethodConfig) -> None:
         super().__init__()
@@ -68,7 +69,12 @@ class Method(nn.Module, ABC):
         """(scalar loss, metrics) of this rank's batch."""
         embeddings = self.embed(batch.views)
         self.observed = embeddings[0].detach(), embeddings[1].detach()
+        self.sample_ids = batch.sample_ids
         return self.loss(*embeddings)
+
+    def gauges(self) -> dict[str, float]:
+        """What the method tells of its state when a step is logged: name -> this rank's value."""
+        return {}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) module pairs; ``train.py`` moves each momentum module by the scheduled decay."""

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import distributed
 from pipeline.data.views import RECIPES, View
 from pipeline.losses.infonce import info_nce
 from pipeline.losses.precision import full_precision
@@ -38,7 +37,7 @@ class MoCoV1Config(MethodConfig):
     temperature: float = Field(default=0.07, gt=0)
     projection_dim: int = Field(default=128, ge=1)
     queue_size: int = Field(default=65536, ge=1)  # keys; at least the global batch
-    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     ema_decay: float = Field(default=0.999, ge=0, le=1)
 
 
@@ -74,8 +73,12 @@ class MoCoV1(Method):
         q, k = embeddings
         negatives = self.queue.negatives()
         loss = info_nce(q, k, negatives, self.temperature)
-        self.queue.enqueue(distributed.all_gather(k))
+        self.queue.enqueue(k, self.sample_ids)
         return loss, {"loss_vs_chance": loss.detach() / math.log(len(negatives) + 1)}
+
+    def gauges(self) -> dict[str, float]:
+        """The queue's."""
+        return self.queue.gauges()
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum)."""

@@ -152,3 +152,4 @@ def test_moco_compares_with_the_old_queue_and_then_enqueues() -> None:
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)))
     torch.testing.assert_close(method.queue.negatives()[: len(k)], k)
     torch.testing.assert_close(method.queue.negatives()[len(k) :], queue[len(k) :])
+    assert method.queue.sample_ids.tolist() == [*range(len(k)), *[-1] * (len(queue) - len(k))]
