@@ -152,12 +152,14 @@ def fit(
     *,
     device: torch.device,
     report: Callable[[Progress], None],
+    serve_negatives: Callable[[Method], None] | None = None,
     mlflow_run_id: str = "",
 ) -> Method:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
     Called by every rank, with the process group (if any) already set up. ``report`` is called on rank 0, every
-    ``train.log_every_steps`` steps. Returns the trained method, equal on all ranks.
+    ``train.log_every_steps`` steps. ``serve_negatives`` may
+    replace where the restored method keeps its negatives. Returns the trained method, equal on all ranks.
     """
     method = build_method(config).to(device)
     if config.train.global_bn:
@@ -174,6 +176,8 @@ def fit(
     start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
     if start:
         restore(checkpoints.load(start), method, optimizer, config, manifest)
+    if serve_negatives is not None:
+        serve_negatives(method)
     model = prepare(method, config.train)
     match_layouts_(optimizer)
     method.train()

@@ -47,6 +47,22 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
         ray.shutdown()
 
 
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """A Ray that runs already: at ``address``, $RAY_ADDRESS, or on this machine. ClusterError if there is none."""
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray answers at {address or os.environ.get('RAY_ADDRESS') or 'any address of this machine'}; "
+            "give --address <head's ip>:6379 or set RAY_ADDRESS"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _cpus_of_our_own(cluster: ClusterConfig) -> int:
     return max(os.cpu_count() or 1, round(cluster.num_workers * cluster.cpus_per_worker + 0.5))
 

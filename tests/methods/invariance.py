@@ -8,6 +8,7 @@ the largest difference between W ranks and one process, relative to the norm of 
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,7 +55,12 @@ def batch(step: int, dtype: torch.dtype) -> Batch:
     return Batch([view.to(dtype).chunk(world)[rank] for view in views], ids.chunk(world)[rank])
 
 
-def train(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[str, Tensor]]:
+def train(
+    name: str,
+    dtype: torch.dtype,
+    steps: int,
+    serve: Callable[[Method], None] = lambda method: None,
+) -> dict[str, dict[str, Tensor]]:
     """A run on this rank: losses of all steps, the last gradients, and the state at the end, by group."""
     method = distributed.convert_global_bn(small_method(name).to(dtype))
     recipe = yaml.safe_load((CONFIGS / f"{name}-resnet50-224.yaml").read_text())["optim"]
@@ -62,6 +68,7 @@ def train(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[str, Tens
     optimizer = build_optimizer(method, config, LR[config.name])
     model = distributed.data_parallel(method)
     losses = []
+    serve(method)
     for step in range(steps):
         set_lr(optimizer, LR[config.name] * (step + 1) / steps)
         optimizer.zero_grad()
@@ -76,7 +83,7 @@ def train(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[str, Tens
         "weights": {n: p.detach() for n, p in method.named_parameters() if p.requires_grad},
         "BN statistics": {n: b for n, b in method.named_buffers() if "running" in n},
         "momentum encoder": {n: p for n, p in method.named_parameters() if n.startswith("momentum_")},
-        "queue": {n: b for n, b in method.named_buffers() if n.startswith("queue.")},
+        "queue": {n: b for n, b in method.state_dict().items() if n.startswith("queue.")},
     }
     return {group: tensors for group, tensors in groups.items() if tensors}
 
