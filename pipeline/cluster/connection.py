@@ -1,6 +1,7 @@
 """Starting or joining Ray, and checking that what it offers is what the run asks for."""
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,12 +51,15 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
 @contextmanager
 def joined(address: str | None) -> Iterator[None]:
     """A Ray that runs already: at ``address``, $RAY_ADDRESS, or on this machine. ClusterError if there is none."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
-    except ConnectionError as error:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (OSError, ValueError) as error:
         raise ClusterError(
-            f"no Ray answers at {address or os.environ.get('RAY_ADDRESS') or 'any address of this machine'}; "
-            "give --address <head's ip>:6379 or set RAY_ADDRESS"
+            f"no Ray answers at {address}: {error}; give --address <head's ip>:6379, or set RAY_ADDRESS to it"
         ) from error
     try:
         yield

@@ -170,6 +170,14 @@ def test_what_the_shards_hold_shows(address: str) -> None:
     assert "shown" not in status()
 
 
+def test_status_without_a_cluster_is_one_message() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "jobs.queue", "status", "--address", "127.0.0.1:9"], capture_output=True, text=True
+    )
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: no Ray answers at 127.0.0.1:9: ")
+
+
 def silent_rank(shards: RayShards) -> str:
     """Rank 1 hands over nothing; what rank 0 is told."""
     service._LIMIT_S, service._WAIT_S = 2.0, 0.5
