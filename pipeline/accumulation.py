@@ -49,8 +49,7 @@ def backward_in_parts(
     with torch.random.fork_rng(devices), torch.no_grad(), autocast:  # the second pass draws the same dropout masks
         embedded = [method.embed(list(part)) for part in parts]
     embeddings = [torch.cat(column).requires_grad_() for column in zip(*embedded, strict=True)]
-    method.observed = embeddings[0].detach(), embeddings[1].detach()
-    method.sample_ids = batch.sample_ids
+    method.observe(batch.sample_ids, *embeddings)
     with autocast:
         loss, metrics = method.loss(*embeddings)
     loss.backward()

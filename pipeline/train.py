@@ -158,8 +158,8 @@ def fit(
     """Train to the last epoch, from the newest checkpoint if there is one.
 
     Called by every rank, with the process group (if any) already set up. ``report`` is called on rank 0, every
-    ``train.log_every_steps`` steps. ``serve_negatives`` may
-    replace where the restored method keeps its negatives. Returns the trained method, equal on all ranks.
+    ``train.log_every_steps`` steps. ``serve_negatives`` may replace where the restored method keeps its negatives.
+    Returns the trained method, equal on all ranks.
     """
     method = build_method(config).to(device)
     if config.train.global_bn:

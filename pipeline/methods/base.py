@@ -58,7 +58,7 @@ class Method(nn.Module, ABC):
     def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         """What ``loss`` compares, (B, D) each, sample by sample, from float views (B, 3, H, W), normalised.
 
-        The first two are embeddings of two views of the same samples.
+        The first two, if there are two, are embeddings of two views of the same samples.
         """
 
     @abstractmethod
@@ -68,9 +68,13 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, metrics) of this rank's batch."""
         embeddings = self.embed(batch.views)
-        self.observed = embeddings[0].detach(), embeddings[1].detach()
-        self.sample_ids = batch.sample_ids
+        self.observe(batch.sample_ids, *embeddings)
         return self.loss(*embeddings)
+
+    def observe(self, sample_ids: Tensor, first: Tensor, second: Tensor | None = None, *_: Tensor) -> None:
+        """Note what a step is about, before its loss. A method of one view is compared with itself."""
+        self.sample_ids = sample_ids
+        self.observed = first.detach(), (first if second is None else second).detach()
 
     def gauges(self) -> dict[str, float]:
         """What the method tells of its state when a step is logged: name -> this rank's value."""

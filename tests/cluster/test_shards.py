@@ -83,7 +83,7 @@ def test_the_service_follows_the_local_trajectory_bit_for_bit(address: str, name
         for group, tensors in theirs.items():
             for key, value in tensors.items():
                 assert torch.equal(ours[group][key], value), f"{group} {key}"
-    assert ours["queue"]["queue.written"] == 8 * GLOBAL_BATCH
+    assert ours["negatives"]["queue.written"] == 8 * GLOBAL_BATCH
 
 
 def keys_of(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:

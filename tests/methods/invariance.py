@@ -29,20 +29,22 @@ SMALL = {  # widths that keep 20 steps of 8 methods at 3 world sizes within seco
     "projection_hidden_dim": 32,
     "hidden_dim": 32,
     "predictor_hidden_dim": 8,
+    "num_samples": 50,
+    "num_negatives": 30,
     "queue_size": 40,  # not a multiple of the batch, so that it wraps around inside one
 }
 LR = {"lars": 0.3, "sgd": 0.02}
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 
 
-def small_method(name: str) -> Method:
+def small_method(name: str, **settings: object) -> Method:
     """The method with narrow heads around a narrow ResNet-10."""
     cls = method_class(name)
     values = {key: value for key, value in SMALL.items() if key in cls.Config.model_fields}
     backbone = random_backbone(BACKBONE, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return cls(backbone, cls.Config.model_validate({"name": name, **values}))
+        return cls(backbone, cls.Config.model_validate({"name": name, **values, **settings}))
 
 
 def batch(step: int, dtype: torch.dtype) -> Batch:
@@ -83,7 +85,7 @@ def train(
         "weights": {n: p.detach() for n, p in method.named_parameters() if p.requires_grad},
         "BN statistics": {n: b for n, b in method.named_buffers() if "running" in n},
         "momentum encoder": {n: p for n, p in method.named_parameters() if n.startswith("momentum_")},
-        "queue": {n: b for n, b in method.state_dict().items() if n.startswith("queue.")},
+        "negatives": {n: b for n, b in method.state_dict().items() if n.startswith(("queue.", "bank."))},
     }
     return {group: tensors for group, tensors in groups.items() if tensors}
 
@@ -107,7 +109,7 @@ def _one_process(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[st
     return train(name, dtype, steps)
 
 
-GROUPS = ["loss", "gradient", "weights", "BN statistics", "momentum encoder", "queue"]
+GROUPS = ["loss", "gradient", "weights", "BN statistics", "momentum encoder", "negatives"]
 
 
 def table() -> str:
