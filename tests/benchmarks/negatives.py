@@ -1,4 +1,5 @@
-"""What the queue service costs: beside a training step, beside memcpy, with more clients and more shards.
+"""What negatives cost: the queue service beside a training step and beside memcpy, with more clients and more shards;
+the memory bank's updates, draws and memory.
 
     python -m tests.benchmarks.negatives [--quick]
 
@@ -9,16 +10,23 @@ object:
   over a MoCo v2 step of a ResNet-18 at 224 px (measured at 8 images a rank, times 16). Ranks, service and all else
   share this machine's cores, so whatever the service computes counts.
 * ``pull_vs_memcpy``: throughput of a pull of the whole queue, 32 MiB, as a share of memcpy's.
+* ``pull_vs_actor_call``: the same as a share of a plain actor call's that returns 32 MiB, Ray's own limit.
 * ``exchange_ms_1_shards_4_clients`` and so on: a step of 256 keys through the service, until all clients have it.
+* ``bank_memory_ratio``: what a process with a bank of 10 million x 128 in bf16 grows by, over N x D x 2 bytes;
+  ``bank_*_ms``: drawing and reading 4,096 slots, and moving 256, with 1.28 million in float32 and those 10 million.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -30,6 +38,7 @@ from pipeline.cluster.shards import RayShards, serving
 from pipeline.data.batch import Batch
 from pipeline.methods.base import method_class
 from pipeline.models.backbone import BackboneConfig, random_backbone
+from pipeline.negatives.bank import MemoryBank
 from pipeline.negatives.config import NegativesConfig
 from pipeline.negatives.queue import MomentumQueue
 from pipeline.negatives.service import ServedQueue
@@ -114,7 +123,7 @@ def resnet18_step(repetitions: int) -> float:
 def bench_step(address: str, quick: bool) -> dict[str, float]:
     """The service's share of a step."""
     with served_queue(1):
-        ranks = gloo.run(WORLD, rank_steps, address, 4 if quick else 12, 50)
+        ranks = gloo.run(WORLD, rank_steps, address, 4 if quick else 8, 40)
     added = statistics.mean(served - local for local, served in ranks)
     step_s = statistics.mean(gloo.run(WORLD, resnet18_step, 2 if quick else 5)) * BATCH / WORLD / IMAGES
     return {
@@ -160,8 +169,22 @@ def bench_pull(repetitions: int) -> dict[str, float]:
 
         pull()
         pull_s = seconds(pull, repetitions)
+    plain = Plain.remote()
+    ray.get(plain.whole.remote())
+    call_s = seconds(lambda: ray.get(plain.whole.remote()), repetitions)
     copy_s = seconds(lambda: np.copyto(target, source), repetitions)
-    return {"pull_vs_memcpy": copy_s / pull_s, "pull_gib_per_s": target.nbytes / 2**30 / pull_s}
+    return {"pull_vs_memcpy": copy_s / pull_s, "pull_vs_actor_call": call_s / pull_s}
+
+
+@ray.remote(num_cpus=0)
+class Plain:
+    """What Ray itself takes for a call that returns as much."""
+
+    def __init__(self) -> None:
+        self._whole = np.ones((SIZE, DIM), np.float32)
+
+    def whole(self) -> np.ndarray:
+        return self._whole
 
 
 @ray.remote(num_cpus=0)
@@ -202,6 +225,39 @@ def bench_growth(num_shards: int, num_clients: int, steps: int) -> dict[str, flo
     return {f"exchange_ms_{num_shards}_shards_{num_clients}_clients": 1e3 * max(times)}
 
 
+# --- the memory bank -------------------------------------------------------------------------------------------------
+
+
+def bank_costs(num_samples: int, dtype: str, repetitions: int) -> dict[str, float]:
+    """In a process of its own: resident bytes over N x D x bytes, and the milliseconds of a step's two halves."""
+    torch.set_num_threads(1)
+    before = resident_bytes()
+    bank = MemoryBank(num_samples, DIM, getattr(torch, dtype))
+    grown = resident_bytes() - before
+    ids, embeddings = torch.randint(num_samples, (BATCH,)), torch.randn(BATCH, DIM)
+    return {
+        "memory_ratio": grown / (num_samples * DIM * bank.slots.element_size()),
+        "draw_ms": 1e3 * seconds(lambda: bank.read(bank.draw(4096)), repetitions),
+        "update_ms": 1e3 * seconds(lambda: bank.update(ids, embeddings, 0.5), repetitions),
+    }
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def bench_bank(quick: bool) -> dict[str, float]:
+    """ImageNet's size, and 10 million."""
+    figures = {}
+    sizes = {"1.28m": (1_281_167, "float32")} | ({} if quick else {"10m": (10_000_000, "bfloat16")})
+    for name, (num_samples, dtype) in sizes.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            costs = pool.submit(bank_costs, num_samples, dtype, 20).result()
+        figures |= {f"bank_{key}_{name}": value for key, value in costs.items()}
+    return figures | {"bank_memory_ratio": max(v for k, v in figures.items() if "memory_ratio" in k)}
+
+
 def main() -> None:
     """Run everything and print the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,6 +279,7 @@ def main() -> None:
     ):
         add(bench_growth(num_shards, num_clients, 20 if quick else 100))
     ray.shutdown()
+    add(bench_bank(quick))
     print(json.dumps(figures))
 
 

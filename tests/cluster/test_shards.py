@@ -153,6 +153,27 @@ def test_staleness_is_bounded_measured_and_gone_at_the_end(address: str) -> None
     assert gauges["queue/exchange_ms"] > 0
 
 
+def go_on(state: dict[str, Tensor], steps: range, shards: RayShards) -> dict[str, Any]:
+    """A rank of a new worker group, from a checkpoint."""
+    replica = MomentumQueue(SIZE, DIM)
+    replica.load_state_dict(state)
+    queue = ServedQueue(replica, shards, batch=BATCH, max_staleness=0)
+    for step in steps:
+        queue.enqueue(*keys_of(step, distributed.rank(), distributed.world_size()))
+    result = {"state": {name: value.clone() for name, value in queue.state_dict().items()}}
+    queue.close()
+    return result
+
+
+def test_a_worker_group_of_another_size_goes_on_from_a_checkpoint(address: str) -> None:
+    """The first group was 15 steps further when it ended; its shards are still there, and forget them."""
+    with serving(service_config(2), "resized"):
+        gloo.run(2, as_rank, address, "resized", 2, partial(write_steps, 25, 0.0, 0))
+        ranks = gloo.run(4, as_rank, address, "resized", 2, partial(go_on, reference(10), range(10, 20)))
+        assert [shard["complete"] for shard in status()["resized"]] == [20 * BATCH] * 2
+    assert_same(ranks, reference(20))
+
+
 def test_what_the_shards_hold_shows(address: str) -> None:
     with serving(service_config(3), "shown"):
         assert [shard["open"] for shard in status()["shown"]] == [False] * 3
