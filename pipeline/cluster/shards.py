@@ -102,8 +102,10 @@ def serving(negatives: NegativesConfig, run_id: str) -> Iterator[list[ActorHandl
     if negatives.backend == "local":
         yield []
         return
-    actors = [_start(run_id, index) for index in range(negatives.num_shards)]
+    actors: list[ActorHandle] = []
     try:
+        for index in range(negatives.num_shards):
+            actors.append(_start(run_id, index))  # noqa: PERF401 - those that started end if a later one cannot
         yield actors
     finally:
         for actor in actors:
@@ -187,9 +189,9 @@ def _answers(calls: list[Any], timeout_s: float) -> list[Any]:
     try:
         answers = ray.get(calls, timeout=timeout_s)
     except (RayActorError, GetTimeoutError) as error:
-        raise ShardsLostError from error
+        raise ShardsLostError(str(error)) from error
     except RayTaskError as error:
         raise error.cause from None
     if None in answers:
-        raise ShardsLostError
+        raise ShardsLostError("a shard is not open")
     return answers

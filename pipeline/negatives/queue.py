@@ -40,8 +40,8 @@ class MomentumQueue(nn.Module):
         size, kept = len(self.keys), min(len(keys), len(self.keys))
         self.written += len(keys)
         rows = (self.written - kept + torch.arange(kept, device=self.keys.device)) % size
-        self.keys.index_copy_(0, rows, keys[len(keys) - kept :].to(self.keys))
-        self.sample_ids.index_copy_(0, rows, sample_ids[len(keys) - kept :].to(self.sample_ids))
+        self.keys.index_copy_(0, rows, keys[len(keys) - kept :].to(self.keys, non_blocking=True))
+        self.sample_ids.index_copy_(0, rows, sample_ids[len(keys) - kept :].to(self.sample_ids, non_blocking=True))
 
     def gauges(self) -> dict[str, float]:
         """The share of the ring that real keys fill."""

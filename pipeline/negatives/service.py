@@ -228,12 +228,13 @@ class ServedQueue(MomentumQueue):
             contents = self._contents() if distributed.rank() == 0 else [None for _ in self._indices]
             try:
                 return self._shards.open(self._generation, self._spec, contents)
-            except ShardsLostError:
+            except ShardsLostError as error:
                 if time.monotonic() > deadline:
                     raise QueueError(
                         f"not all {self._spec.num_shards} shards of the queue are back after {_LIMIT_S:.0f} s; look "
-                        "for dead nodes with `ray status`, then submit the same config again: it resumes"
-                    ) from None
+                        "for dead nodes with `ray status`, then submit the same config again: it resumes. "
+                        f"The last answer: {error}"
+                    ) from error
                 time.sleep(_RETRY_S)
 
     def _contents(self) -> list[Rows]:
