@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline import distributed
+from pipeline.data.batch import Batch
 from pipeline.errors import UserError
 from pipeline.methods.base import Method
 
@@ -36,19 +37,19 @@ def check_accumulation(method: Method, micro_batches: int) -> None:
 
 
 def backward_in_parts(
-    method: Method, views: list[Tensor], micro_batches: int, autocast: AbstractContextManager[None]
+    method: Method, batch: Batch, micro_batches: int, autocast: AbstractContextManager[None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of this rank's batch; the parameters' gradients, averaged over ranks, are those of one pass.
 
     Call it instead of forward and backward through DistributedDataParallel, on the bare method. The batch of a rank
     must be a multiple of ``micro_batches``; ``autocast`` surrounds what computes forward.
     """
-    parts = list(zip(*(view.chunk(micro_batches) for view in views), strict=True))
-    devices = [views[0].device] if views[0].is_cuda else []
+    parts = list(zip(*(view.chunk(micro_batches) for view in batch.views), strict=True))
+    devices = [batch.views[0].device] if batch.views[0].is_cuda else []
     with torch.random.fork_rng(devices), torch.no_grad(), autocast:  # the second pass draws the same dropout masks
         embedded = [method.embed(list(part)) for part in parts]
     embeddings = [torch.cat(column).requires_grad_() for column in zip(*embedded, strict=True)]
-    method.observed = embeddings[0].detach(), embeddings[1].detach()
+    method.observe(batch.sample_ids, *embeddings)
     with autocast:
         loss, metrics = method.loss(*embeddings)
     loss.backward()

@@ -32,6 +32,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.methods.base import MethodConfig, method_class
 from pipeline.models.backbone import BackboneConfig
+from pipeline.negatives.config import NegativesConfig
 from pipeline.optim import OptimConfig
 
 
@@ -132,6 +133,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     model: BackboneConfig = BackboneConfig()
     method: SerializeAsAny[MethodConfig]
+    negatives: NegativesConfig = NegativesConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -178,6 +180,18 @@ class Config(_Section):
                 f"method.queue_size={queue} does not hold the {batch} keys of a global batch; "
                 f"use method.queue_size >= {batch} or train.global_batch_size <= {queue}"
             )
+        if queue is None and self.negatives.backend == "service":
+            raise ValueError(
+                f"negatives.backend=service serves a momentum queue, and method.name={self.method.name} has none; use "
+                "negatives.backend=local or method.name=moco_v2"
+            )
+        stale = self.negatives.max_staleness
+        if queue is not None and queue < (stale + 1) * batch:
+            raise ValueError(
+                f"method.queue_size={queue} is less than the {stale + 1} global batches of {batch} keys that a replica "
+                f"may be behind; use negatives.max_staleness <= {queue // batch - 1} or method.queue_size >= "
+                f"{(stale + 1) * batch}"
+            )
         return self
 
     @property
@@ -208,6 +222,8 @@ class Config(_Section):
         determining["train"] = self.train.model_dump(
             mode="json", include={"epochs", "global_batch_size", "global_bn", "bn_ranks_per_group", "precision"}
         )
+        if self.negatives.max_staleness:  # without it both backends have the same trajectory
+            determining["negatives"] = {"max_staleness": self.negatives.max_staleness}
         text = json.dumps(determining, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 

@@ -39,8 +39,14 @@ def prepare_data(config: Config) -> Manifest:
 
 
 def check_batch(config: Config, manifest: Manifest) -> None:
-    """ConfigError unless the training split fills at least one global batch."""
-    samples = manifest.split("train").num_samples
+    """ConfigError unless the training split fills at least one global batch, and fits the method's memory bank."""
+    train = manifest.split("train")
+    samples, slots = train.num_samples, getattr(config.method, "num_samples", None)
+    if slots is not None and slots < train.first_id + samples:
+        raise ConfigError(
+            f"method.num_samples={slots} slots do not hold the training split, whose sample ids go from "
+            f"{train.first_id} to {train.first_id + samples - 1}; use method.num_samples={train.first_id + samples}"
+        )
     if config.train.global_batch_size > samples:
         raise ConfigError(
             f"train.global_batch_size={config.train.global_batch_size} is more than the {samples} samples of the "

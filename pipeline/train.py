@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     autocast = torch.autocast(batch.views[0].device.type, torch.bfloat16, enabled=config.precision == "bf16")
     if config.micro_batches > 1:
-        loss, metrics = backward_in_parts(method, batch.views, config.micro_batches, autocast)
+        loss, metrics = backward_in_parts(method, batch, config.micro_batches, autocast)
     else:
         with autocast:
             loss, metrics = model(batch)
@@ -152,12 +152,14 @@ def fit(
     *,
     device: torch.device,
     report: Callable[[Progress], None],
+    serve_negatives: Callable[[Method], None] | None = None,
     mlflow_run_id: str = "",
 ) -> Method:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
     Called by every rank, with the process group (if any) already set up. ``report`` is called on rank 0, every
-    ``train.log_every_steps`` steps. Returns the trained method, equal on all ranks.
+    ``train.log_every_steps`` steps. ``serve_negatives`` may replace where the restored method keeps its negatives.
+    Returns the trained method, equal on all ranks.
     """
     method = build_method(config).to(device)
     if config.train.global_bn:
@@ -174,6 +176,8 @@ def fit(
     start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
     if start:
         restore(checkpoints.load(start), method, optimizer, config, manifest)
+    if serve_negatives is not None:
+        serve_negatives(method)
     model = prepare(method, config.train)
     match_layouts_(optimizer)
     method.train()
@@ -198,7 +202,7 @@ def fit(
         if is_logged:
             progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis, values, len(quarantine.samples))
             if distributed.rank() == 0:
-                report(progress)
+                report(replace(progress, metrics=progress.metrics | method.gauges()))
         if is_saved and distributed.rank() == 0:
             checkpoints.save(snapshot(done, method, optimizer, config, manifest, mlflow_run_id))
     return method

@@ -83,6 +83,16 @@ def test_every_shipped_config_is_valid() -> None:
             ["method={name: moco_v2, queue_size: 4}", "train.global_batch_size=8"],
             ["queue_size=4", "8 keys", "queue_size >= 8", "global_batch_size <= 4"],
         ),
+        (["negatives.backend=service"], ["negatives.backend=service", "method.name=simclr", "moco_v2"]),
+        (["negatives.max_staleness=1"], ["max_staleness", "negatives.backend=service"]),
+        (
+            [
+                "method={name: moco_v2, queue_size: 20}",
+                "negatives={backend: service, max_staleness: 2}",
+                "train.global_batch_size=8",
+            ],
+            ["queue_size=20", "3 global batches of 8", "max_staleness <= 1", "queue_size >= 24"],
+        ),
         (["cluster.env={AWS_SECRET_ACCESS_KEY: x}"], ["AWS_SECRET_ACCESS_KEY", "secret", "nodes"]),
         (["registry.alias=latest"], ["latest", "champion"]),
         (["name=Has Spaces"], ["name", "Has Spaces"]),

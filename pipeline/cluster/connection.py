@@ -1,6 +1,7 @@
 """Starting or joining Ray, and checking that what it offers is what the run asks for."""
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,25 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
     )
     try:
         _require_resources(cluster)
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """A Ray that runs already: at ``address``, $RAY_ADDRESS, or on this machine. ClusterError if there is none."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray answers at {address}: {error}; give --address <head's ip>:6379, or set RAY_ADDRESS to it"
+        ) from error
+    try:
         yield
     finally:
         ray.shutdown()

@@ -5,6 +5,7 @@ Ray Train starts the worker group, its process group, and both again after a fai
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,13 +13,17 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.cluster.inbox import Inbox, Report, WorkerFailure
+from pipeline.cluster.shards import RayShards, serving
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
+from pipeline.methods.base import Method
+from pipeline.negatives.service import queue_service
 from pipeline.runs import Run
 from pipeline.stages import evaluate_and_export
 from pipeline.train import fit
@@ -37,7 +42,11 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
     enough; it names what each rank died of.
     """
     inbox = Inbox()
-    with TemporaryDirectory(prefix="parallax-ray-") as scratch:  # Ray's bookkeeping; nothing of ours is in it
+    run_id = config.run_id(manifest.digest)
+    with (
+        serving(config.negatives, run_id) as shards,
+        TemporaryDirectory(prefix="parallax-ray-") as scratch,  # Ray's bookkeeping; nothing of ours is in it
+    ):
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={
@@ -45,6 +54,7 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 "manifest_url": manifest.url,
                 "mlflow_run_id": mlflow_run_id,
                 "inbox": inbox.actor,
+                "shards": shards,
             },
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
@@ -53,7 +63,7 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 resources_per_worker=_resources(config),
             ),
             run_config=RunConfig(
-                name=config.run_id(manifest.digest),
+                name=run_id,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
@@ -84,18 +94,30 @@ def _train_worker(job: dict[str, Any]) -> None:
     config, inbox = job["config"], job["inbox"]
     manifest = Manifest.load(job["manifest_url"])
     try:
-        fit(
-            config,
-            manifest,
-            Run(config, manifest.digest).checkpoints,
-            device=ray.train.torch.get_device(),
-            report=lambda progress: inbox.put.remote(progress),
-            mlflow_run_id=job["mlflow_run_id"],
-        )
+        with _negatives(config, job["shards"]) as serve_negatives:
+            fit(
+                config,
+                manifest,
+                Run(config, manifest.digest).checkpoints,
+                device=ray.train.torch.get_device(),
+                report=lambda progress: inbox.put.remote(progress),
+                serve_negatives=serve_negatives,
+                mlflow_run_id=job["mlflow_run_id"],
+            )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         ray.get(inbox.put.remote(WorkerFailure(ray.train.get_context().get_world_rank(), reason)))
         raise
+
+
+def _negatives(config: Config, shards: list[ActorHandle]) -> AbstractContextManager[Callable[[Method], None] | None]:
+    if config.negatives.backend == "local":
+        return nullcontext()
+    return queue_service(
+        RayShards(shards),
+        batch=config.train.global_batch_size,
+        max_staleness=config.negatives.max_staleness,
+    )
 
 
 def explain(error: ray.train.TrainingFailedError, max_failures: int) -> str:

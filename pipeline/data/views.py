@@ -85,6 +85,7 @@ RECIPES: dict[str, tuple[View, ...]] = {
     "moco-v1": (
         View(count=2, crop_scale=(0.2, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),
     ),
+    "npid": (View(crop_scale=(0.2, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),),
     "moco-v2": (View(count=2, crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),),
     # table 6 of the paper: the second view is rarely blurred and sometimes solarised
     "byol": (

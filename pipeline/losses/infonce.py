@@ -4,6 +4,7 @@ Because keys are constants, the query's gradient is a weighted mean of keys, and
 the loss and the gradient: no (B, K) matrix, no copy of the queue, nothing to recompute. All embeddings have length 1.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,21 +14,67 @@ from torch.autograd import Function
 from pipeline.losses.precision import compute_dtype
 
 
-def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    *,
+    sample_ids: tuple[Tensor, Tensor] | None = None,
+    positive_prior: float = 0.0,
+    hardness: float = 0.0,
+) -> Tensor:
     """The mean over the queries of -log(e^{q.k+/T} / (e^{q.k+/T} + sum_n e^{q.n/T})), MoCo's equation 1.
 
     Args:
         query: (B, D); positive: (B, D), row i belongs to query i, no gradient; negatives: (K, D), the queue.
             A bf16 queue makes the products bf16 on an accelerator and is widened block by block on the CPU.
+        sample_ids: of the queries (B,) and of the negatives (K,); a key of the query's own sample is then no negative.
+        positive_prior: tau+, the share of negatives that are positives in truth, whose part is subtracted
+            (Chuang et al. 2020, arXiv:2007.00224, equation 8); in [0, 1).
+        hardness: beta >= 0 weighs each negative by e^{beta q.n/T} (Robinson et al. 2021, arXiv:2010.04592, equation
+            4; the released code, like here, multiplies the logit that has T in it).
     """
     own = (query * positive.detach()).sum(1) / temperature  # (B,)
-    others = log_sum_exp_similarity(query, negatives, temperature)
-    return (torch.logaddexp(own, others) - own).mean()
+    others = log_sum_exp_similarity(query, negatives, temperature, sample_ids)
+    if hardness:
+        # N * sum(e^l * e^{beta l}) / sum(e^{beta l}): the weighted sum is itself a ratio of sums of exponentials
+        hard = log_sum_exp_similarity(query, negatives, temperature / (1 + hardness), sample_ids)
+        weights = log_sum_exp_similarity(query, negatives, temperature / hardness, sample_ids)
+        others = hard - weights + _counts(negatives, sample_ids).log()
+    if positive_prior:
+        others = _debiased(own, others, _counts(negatives, sample_ids), temperature, positive_prior)
+    return (torch.logaddexp(own, others.to(own.dtype)) - own).mean()
 
 
-def log_sum_exp_similarity(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """(B, D), (K, D) -> (B,): log sum_k exp(q.k / temperature), differentiable in the query alone."""
-    value: Tensor = _LogSumExpSimilarity.apply(query, keys, temperature, compute_dtype(query, temperature))
+def _debiased(own: Tensor, others: Tensor, counts: Tensor, temperature: float, positive_prior: float) -> Tensor:
+    """log max((e^others - tau+ N e^own) / (1 - tau+), N e^{-1/T}), each (B,).
+
+    Relative to the largest logit, 1/T, so that nothing overflows; in float64, so that the floor, e^{-2/T}, is no 0.
+    """
+    largest = 1 / temperature
+    own, others = own.double() - largest, others.double() - largest
+    debiased = (others.exp() - positive_prior * counts * own.exp()) / (1 - positive_prior)
+    return debiased.clamp(min=counts * math.exp(-2 * largest)).log() + largest
+
+
+def _counts(negatives: Tensor, sample_ids: tuple[Tensor, Tensor] | None) -> Tensor:
+    """How many negatives a query has, float64: (B,), or a scalar where all have all."""
+    if sample_ids is None:
+        return torch.tensor(float(len(negatives)), dtype=torch.float64, device=negatives.device)
+    own, of_keys = sample_ids
+    return (own[:, None] != of_keys[None]).sum(1).double()
+
+
+def log_sum_exp_similarity(
+    query: Tensor, keys: Tensor, temperature: float, sample_ids: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """(B, D), (K, D) -> (B,): log sum_k exp(q.k / temperature), differentiable in the query alone.
+
+    With ``sample_ids`` of queries (B,) and keys (K,), over the keys of other samples; -inf if there is none.
+    """
+    dtype = compute_dtype(query, temperature)
+    value: Tensor = _LogSumExpSimilarity.apply(query, keys, temperature, dtype, sample_ids)
     return value
 
 
@@ -37,25 +84,37 @@ ACCELERATOR_BLOCK = 16384
 
 class _LogSumExpSimilarity(Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        sample_ids: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             scaled = (query / temperature).to(dtype)
             sums = query.new_zeros(len(query), dtype=exact)
             weighted = query.new_zeros(query.shape, dtype=exact)  # sum_k exp(q.k / T) * k
-            for block in keys.split(CPU_BLOCK if keys.device.type == "cpu" else ACCELERATOR_BLOCK):
+            size = CPU_BLOCK if keys.device.type == "cpu" else ACCELERATOR_BLOCK
+            for index, block in enumerate(keys.split(size)):
                 block = block.to(dtype)
                 exp = (scaled @ block.T).to(exact).exp_()
+                if sample_ids is not None:
+                    own, of_keys = sample_ids
+                    exp.masked_fill_(own[:, None] == of_keys[None, index * size : index * size + len(block)], 0)
                 sums += exp.sum(1)
                 if dtype == exact:
                     weighted.addmm_(exp, block)
                 else:
                     weighted += exp.to(dtype) @ block
-        ctx.save_for_backward(weighted.div_(sums[:, None]).div_(temperature))  # d log sum / d query
+        tiny = torch.finfo(exact).tiny  # a query without keys has a slope of 0
+        ctx.save_for_backward(weighted.div_(sums[:, None].clamp(min=tiny)).div_(temperature))  # d log sum / d query
         ctx.query_dtype = query.dtype
         return sums.log_()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return (slope * grad[:, None]).to(ctx.query_dtype), None, None, None
+        return (slope * grad[:, None]).to(ctx.query_dtype), None, None, None, None

@@ -47,6 +47,7 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]]
     observed: tuple[Tensor, Tensor]  # the last step's embeddings of two views (B, D), for the collapse guard
+    sample_ids: Tensor  # (B,) of the batch whose embeddings ``loss`` gets
 
     def __init__(self, backbone: Backbone, config: MethodConfig) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Method(nn.Module, ABC):
     def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         """What ``loss`` compares, (B, D) each, sample by sample, from float views (B, 3, H, W), normalised.
 
-        The first two are embeddings of two views of the same samples.
+        The first two, if there are two, are embeddings of two views of the same samples.
         """
 
     @abstractmethod
@@ -67,8 +68,17 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, metrics) of this rank's batch."""
         embeddings = self.embed(batch.views)
-        self.observed = embeddings[0].detach(), embeddings[1].detach()
+        self.observe(batch.sample_ids, *embeddings)
         return self.loss(*embeddings)
+
+    def observe(self, sample_ids: Tensor, first: Tensor, second: Tensor | None = None, *_: Tensor) -> None:
+        """Note what a step is about, before its loss. A method of one view is compared with itself."""
+        self.sample_ids = sample_ids
+        self.observed = first.detach(), (first if second is None else second).detach()
+
+    def gauges(self) -> dict[str, float]:
+        """What the method tells of its state when a step is logged: name -> this rank's value."""
+        return {}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) module pairs; ``train.py`` moves each momentum module by the scheduled decay."""

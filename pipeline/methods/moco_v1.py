@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import distributed
 from pipeline.data.views import RECIPES, View
 from pipeline.losses.infonce import info_nce
 from pipeline.losses.precision import full_precision
@@ -38,7 +37,10 @@ class MoCoV1Config(MethodConfig):
     temperature: float = Field(default=0.07, gt=0)
     projection_dim: int = Field(default=128, ge=1)
     queue_size: int = Field(default=65536, ge=1)  # keys; at least the global batch
-    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    exclude_own_keys: bool = False  # a key of the query's own image, from an earlier epoch, is then no negative
+    positive_prior: float = Field(default=0.0, ge=0, lt=1)  # tau+ of the debiased loss (Chuang et al. 2020)
+    hardness: float = Field(default=0.0, ge=0)  # beta of hard negatives (Robinson et al. 2021), as a share of 1/T
     ema_decay: float = Field(default=0.999, ge=0, le=1)
 
 
@@ -50,6 +52,8 @@ class MoCoV1(Method):
     def __init__(self, backbone: Backbone, config: MoCoV1Config) -> None:
         super().__init__(backbone, config)
         self.temperature = config.temperature
+        self.exclude_own_keys = config.exclude_own_keys
+        self.positive_prior, self.hardness = config.positive_prior, config.hardness
         self.projection_head = self.build_head(backbone.feature_dim, config.projection_dim)
         self.momentum_backbone = momentum_copy(backbone)
         self.momentum_head = momentum_copy(self.projection_head)
@@ -73,9 +77,21 @@ class MoCoV1(Method):
         """InfoNCE against the old queue, which then takes the keys of all ranks."""
         q, k = embeddings
         negatives = self.queue.negatives()
-        loss = info_nce(q, k, negatives, self.temperature)
-        self.queue.enqueue(distributed.all_gather(k))
+        loss = info_nce(
+            q,
+            k,
+            negatives,
+            self.temperature,
+            sample_ids=(self.sample_ids, self.queue.sample_ids) if self.exclude_own_keys else None,
+            positive_prior=self.positive_prior,
+            hardness=self.hardness,
+        )
+        self.queue.enqueue(k, self.sample_ids)
         return loss, {"loss_vs_chance": loss.detach() / math.log(len(negatives) + 1)}
+
+    def gauges(self) -> dict[str, float]:
+        """The queue's."""
+        return self.queue.gauges()
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum)."""

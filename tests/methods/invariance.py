@@ -8,6 +8,7 @@ the largest difference between W ranks and one process, relative to the norm of 
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,20 +29,22 @@ SMALL = {  # widths that keep 20 steps of 8 methods at 3 world sizes within seco
     "projection_hidden_dim": 32,
     "hidden_dim": 32,
     "predictor_hidden_dim": 8,
+    "num_samples": 50,
+    "num_negatives": 30,
     "queue_size": 40,  # not a multiple of the batch, so that it wraps around inside one
 }
 LR = {"lars": 0.3, "sgd": 0.02}
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 
 
-def small_method(name: str) -> Method:
+def small_method(name: str, **settings: object) -> Method:
     """The method with narrow heads around a narrow ResNet-10."""
     cls = method_class(name)
     values = {key: value for key, value in SMALL.items() if key in cls.Config.model_fields}
     backbone = random_backbone(BACKBONE, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return cls(backbone, cls.Config.model_validate({"name": name, **values}))
+        return cls(backbone, cls.Config.model_validate({"name": name, **values, **settings}))
 
 
 def batch(step: int, dtype: torch.dtype) -> Batch:
@@ -54,7 +57,12 @@ def batch(step: int, dtype: torch.dtype) -> Batch:
     return Batch([view.to(dtype).chunk(world)[rank] for view in views], ids.chunk(world)[rank])
 
 
-def train(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[str, Tensor]]:
+def train(
+    name: str,
+    dtype: torch.dtype,
+    steps: int,
+    serve: Callable[[Method], None] = lambda method: None,
+) -> dict[str, dict[str, Tensor]]:
     """A run on this rank: losses of all steps, the last gradients, and the state at the end, by group."""
     method = distributed.convert_global_bn(small_method(name).to(dtype))
     recipe = yaml.safe_load((CONFIGS / f"{name}-resnet50-224.yaml").read_text())["optim"]
@@ -62,6 +70,7 @@ def train(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[str, Tens
     optimizer = build_optimizer(method, config, LR[config.name])
     model = distributed.data_parallel(method)
     losses = []
+    serve(method)
     for step in range(steps):
         set_lr(optimizer, LR[config.name] * (step + 1) / steps)
         optimizer.zero_grad()
@@ -76,7 +85,7 @@ def train(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[str, Tens
         "weights": {n: p.detach() for n, p in method.named_parameters() if p.requires_grad},
         "BN statistics": {n: b for n, b in method.named_buffers() if "running" in n},
         "momentum encoder": {n: p for n, p in method.named_parameters() if n.startswith("momentum_")},
-        "queue": {n: b for n, b in method.named_buffers() if n.startswith("queue.")},
+        "negatives": {n: b for n, b in method.state_dict().items() if n.startswith(("queue.", "bank."))},
     }
     return {group: tensors for group, tensors in groups.items() if tensors}
 
@@ -100,7 +109,7 @@ def _one_process(name: str, dtype: torch.dtype, steps: int) -> dict[str, dict[st
     return train(name, dtype, steps)
 
 
-GROUPS = ["loss", "gradient", "weights", "BN statistics", "momentum encoder", "queue"]
+GROUPS = ["loss", "gradient", "weights", "BN statistics", "momentum encoder", "negatives"]
 
 
 def table() -> str:

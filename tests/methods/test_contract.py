@@ -107,7 +107,7 @@ def test_bf16_autocast_gives_a_float32_loss_close_to_the_default(name: str) -> N
 def test_a_recipe_ships_with_the_method(name: str) -> None:
     config = load_config(CONFIGS / f"{name}-resnet50-224.yaml")
     assert config.method.name == name
-    assert sum(view.count for view in config.method.views) == 2
+    assert sum(view.count for view in config.method.views) in (1, 2)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

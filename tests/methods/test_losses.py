@@ -4,6 +4,7 @@ Known differences from lightly are part of the tests: BYOL sums two directions o
 average -cos, a factor of 4 in the gradient.
 """
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.methods.byol import byol_loss
 from pipeline.methods.moco_v3 import moco_v3_loss
 from pipeline.methods.simsiam import simsiam_loss
 from pipeline.methods.vicreg import vicreg_loss
+from pipeline.negatives.queue import MomentumQueue
 from tests.methods.invariance import batch, small_method
 
 N, D = 12, 6
@@ -152,3 +154,49 @@ def test_moco_compares_with_the_old_queue_and_then_enqueues() -> None:
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)))
     torch.testing.assert_close(method.queue.negatives()[: len(k)], k)
     torch.testing.assert_close(method.queue.negatives()[len(k) :], queue[len(k) :])
+    assert method.queue.sample_ids.tolist() == [*range(len(k)), *[-1] * (len(queue) - len(k))]
+
+
+def test_moco_leaves_out_keys_of_its_own_images_where_asked() -> None:
+    """The second pass over the same batch: its keys are in the queue, and each query has one of them."""
+
+    def second_loss(exclude: bool) -> tuple[Tensor, MomentumQueue]:
+        method = small_method("moco_v1", exclude_own_keys=exclude).double()
+        method(batch(0, torch.float64))
+        queue = copy.deepcopy(method.queue)
+        loss, _ = method(batch(0, torch.float64))
+        return loss, queue
+
+    loss, queue = second_loss(exclude=True)
+    with_them, _ = second_loss(exclude=False)
+    q, k = small_method("moco_v1").double().embed(batch(0, torch.float64).views)
+    own, others = (q * k).sum(1) / 0.07, q @ queue.keys.T / 0.07
+    others[torch.arange(len(q))[:, None] == queue.sample_ids[None]] = -torch.inf
+    expected = (torch.cat([own[:, None], others], 1).logsumexp(1) - own).mean()
+    torch.testing.assert_close(loss, expected)
+    assert with_them > loss + 0.2, "a query's own key is the most similar one"
+
+
+def test_npid_compares_with_the_old_slots_estimates_z_once_and_then_moves_the_slots() -> None:
+    method, other = (small_method("npid").double() for _ in range(2))
+    old, ids = other.bank.slots.clone(), torch.arange(16)
+    drawn = other.bank.draw(30)
+    loss, metrics = method(batch(0, torch.float64))
+    embeddings = other.embed(batch(0, torch.float64).views)
+    own = torch.stack([(f * old[ids]).sum(1) / 0.07 for f in embeddings])  # (views, B)
+    noise = torch.stack([f @ old[drawn].T / 0.07 for f in embeddings])  # (views, B, M)
+    is_own = (ids[:, None] == drawn[None]).expand_as(noise)
+    z = 50 * torch.cat([own.exp().flatten(), noise[~is_own].exp()]).mean()
+    torch.testing.assert_close(method.log_z, z.log().detach())
+    p_own, p_noise = own.exp() / z, noise.exp() / z
+    told = torch.log(p_own / (p_own + 30 / 50))
+    told_noise = torch.log(1 - p_noise / (p_noise + 30 / 50)).masked_fill(is_own, 0).sum(-1)
+    torch.testing.assert_close(loss, -(told + told_noise).mean())
+    mean = torch.nn.functional.normalize(torch.stack(embeddings).mean(0), dim=1)
+    torch.testing.assert_close(
+        method.bank.slots[ids], torch.nn.functional.normalize(0.5 * old[ids] + 0.5 * mean, dim=1)
+    )
+    assert torch.equal(method.bank.slots[16:], old[16:])
+    method(batch(1, torch.float64))
+    torch.testing.assert_close(method.log_z, z.log().detach())
+    assert metrics["loss_vs_chance"] > 0

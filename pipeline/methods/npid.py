@@ -1,0 +1,83 @@
+"""NPID, instance discrimination against a memory bank (Wu et al. 2018, arXiv:1805.01978).
+
+As published: a linear head of 128, temperature 0.07, 4,096 noise samples, slots that move by half towards the new
+embedding, and the normaliser Z estimated from the first batch and kept. With several views each is compared with the
+slot, which moves towards their mean; the paper has one.
+
+Deviations: one draw of noise serves the whole global batch instead of one per query, which reads 2 MiB of the bank in
+a step of 256 instead of 512; a query's own slot is never its noise; the learning rate falls with a cosine.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.data.views import RECIPES, View
+from pipeline.losses.nce import chance, log_normalizer, nce
+from pipeline.losses.precision import full_precision
+from pipeline.methods.base import Method, MethodConfig
+from pipeline.models.backbone import Backbone, BackboneConfig
+from pipeline.negatives.bank import MemoryBank
+
+normalize = full_precision(F.normalize)
+
+
+class NPIDConfig(MethodConfig):
+    """The paper's values for ImageNet."""
+
+    name: Literal["npid"] = "npid"
+    views: tuple[View, ...] = RECIPES["npid"]
+    num_samples: int = Field(ge=2)  # slots: the manifest's samples, as ids count over all its splits
+    temperature: float = Field(default=0.07, gt=0)
+    projection_dim: int = Field(default=128, ge=1)
+    num_negatives: int = Field(default=4096, ge=1)
+    bank_momentum: float = Field(default=0.5, ge=0, lt=1)
+    bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def check(self, model: BackboneConfig) -> None:
+        """Any number of views will do, and any model."""
+
+
+class NPID(Method):
+    """backbone -> linear head -> NCE against the slots of the bank."""
+
+    Config: ClassVar[type[MethodConfig]] = NPIDConfig
+    log_z: Tensor
+
+    def __init__(self, backbone: Backbone, config: NPIDConfig) -> None:
+        super().__init__(backbone, config)
+        self.temperature, self.num_negatives = config.temperature, config.num_negatives
+        self.bank_momentum = config.bank_momentum
+        self.projection_head = nn.Linear(backbone.feature_dim, config.projection_dim)
+        self.bank = MemoryBank(config.num_samples, config.projection_dim, getattr(torch, config.bank_dtype))
+        self.register_buffer("log_z", torch.zeros(()))  # set at the first step
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """One embedding per view, of length 1."""
+        return tuple(normalize(self.projection_head(self.backbone(view))) for view in views)
+
+    def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """NCE against the old slots, averaged over views; the slots of the batch then move."""
+        ids = self.bank.draw(self.num_negatives)
+        is_own = self.sample_ids[:, None] == ids[None]
+        slots, noise_slots = self.bank.read(self.sample_ids), self.bank.read(ids)
+        with torch.autocast(embeddings[0].device.type, enabled=False):
+            logits = [((f * slots).sum(1) / self.temperature, f @ noise_slots.T / self.temperature) for f in embeddings]
+        num_samples = len(self.bank.slots)
+        if self.bank.steps == 0:
+            total, count = distributed.all_reduce_sum(
+                torch.stack([torch.stack(log_normalizer(own, noise, is_own)) for own, noise in logits]).sum(0)
+            )
+            self.log_z.copy_((total / count).log() + math.log(num_samples))
+        loss = torch.stack([nce(own, noise, is_own, self.log_z, num_samples) for own, noise in logits]).mean()
+        mean = normalize(torch.stack(embeddings).mean(0).detach(), dim=1)
+        self.bank.update(self.sample_ids, mean, self.bank_momentum)
+        return loss, {"loss_vs_chance": loss.detach() / chance(self.num_negatives)}
+
+
+METHOD = NPID

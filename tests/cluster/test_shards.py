@@ -1,0 +1,338 @@
+"""Real shards in real processes: the local queue's trajectory, kills, a rank that never comes, two drivers."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.checkpoint import CheckpointStore
+from pipeline.cluster.inbox import Report, WorkerFailure
+from pipeline.cluster.shards import QueueInUseError, RayShards, serving, status
+from pipeline.cluster.trainer import pretrain
+from pipeline.config import Config, load_config, override
+from pipeline.data.manifest import Manifest
+from pipeline.negatives import service
+from pipeline.negatives.config import NegativesConfig
+from pipeline.negatives.queue import MomentumQueue
+from pipeline.negatives.service import ServedQueue, queue_service
+from pipeline.negatives.shard import QueueError
+from pipeline.preflight import prepare_data
+from pipeline.progress import Progress
+from pipeline.runs import Run
+from pipeline.train import fit
+from tests import gloo
+from tests.methods.invariance import GLOBAL_BATCH, train
+
+pytestmark = pytest.mark.integration
+BATCH, SIZE, DIM = 8, 20, 4
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A Ray of one node in this process."""
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+def shards_of(run_id: str, num_shards: int) -> RayShards:
+    return RayShards([ray.get_actor(f"shard-{i}", namespace=f"parallax-queue-{run_id}") for i in range(num_shards)])
+
+
+def service_config(num_shards: int, max_staleness: int = 0) -> NegativesConfig:
+    return NegativesConfig(backend="service", num_shards=num_shards, max_staleness=max_staleness)
+
+
+def as_rank(address: str, run_id: str, num_shards: int, work: Any) -> Any:
+    """``work(shards)`` on a rank, which joins Ray for it."""
+    ray.init(address=address, log_to_driver=False)
+    try:
+        return work(shards_of(run_id, num_shards))
+    finally:
+        ray.shutdown()
+
+
+def train_served(name: str, shards: RayShards) -> dict[str, dict[str, Tensor]]:
+    with queue_service(shards, batch=GLOBAL_BATCH, max_staleness=0) as serve:
+        return train(name, torch.float32, 8, serve)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
+def test_the_service_follows_the_local_trajectory_bit_for_bit(address: str, name: str, world: int) -> None:
+    expected = gloo.run(world, train, name, torch.float32, 8)
+    run_id = f"{name}-{world}"
+    with serving(service_config(num_shards=3), run_id):
+        actual = gloo.run(world, as_rank, address, run_id, 3, partial(train_served, name))
+    for ours, theirs in zip(actual, expected, strict=True):
+        for group, tensors in theirs.items():
+            for key, value in tensors.items():
+                assert torch.equal(ours[group][key], value), f"{group} {key}"
+    assert ours["negatives"]["queue.written"] == 8 * GLOBAL_BATCH
+
+
+def keys_of(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    numbers = torch.arange(step * BATCH, (step + 1) * BATCH).chunk(world)[rank]
+    return numbers[:, None].float().expand(-1, DIM), numbers + 10**6
+
+
+def write_steps(steps: int, pause_s: float, max_staleness: int, shards: RayShards) -> dict[str, Any]:
+    """A rank that enqueues ``steps`` steps; the state at the end and the largest staleness it saw."""
+    rank, world = distributed.rank(), distributed.world_size()
+    torch.manual_seed(0)
+    queue = ServedQueue(MomentumQueue(SIZE, DIM), shards, batch=BATCH, max_staleness=max_staleness)
+    stalest = 0.0
+    for step in range(steps):
+        queue.negatives()
+        stalest = max(stalest, queue.gauges()["queue/staleness"])
+        time.sleep(pause_s)
+        queue.enqueue(*keys_of(step, rank, world))
+    state = {name: value.clone() for name, value in queue.state_dict().items()}
+    gauges = queue.gauges()
+    queue.close()
+    return {"state": state, "stalest": stalest, "gauges": gauges}
+
+
+def reference(steps: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    queue = MomentumQueue(SIZE, DIM)
+    for step in range(steps):
+        queue.enqueue(*keys_of(step, 0, 1))
+    return dict(queue.state_dict())
+
+
+def assert_same(ranks: list[dict[str, Any]], expected: dict[str, Tensor]) -> None:
+    for rank in ranks:
+        assert rank["state"].keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(rank["state"][name], value), name
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_shards_that_are_killed_again_and_again_lose_nothing(address: str, max_staleness: int) -> None:
+    """kill -9 of a random shard at moments that nothing is aligned with, the next one while or after it comes back."""
+    run_id, dice = f"killed-{max_staleness}", random.Random(max_staleness)
+    work = partial(write_steps, 200, 0.02, max_staleness)
+    with serving(service_config(2, max_staleness), run_id), ThreadPoolExecutor(1) as pool:
+        ranks = pool.submit(gloo.run, 2, as_rank, address, run_id, 2, work)
+        victims: set[int] = set()
+        while not ranks.done() and len(victims) < 3:
+            time.sleep(dice.uniform(0.1, 1.0))
+            shards = [shard["pid"] for shard in status()[run_id] if shard["open"] and shard["complete"] > SIZE]
+            if new := set(shards) - victims:
+                victims.add(victim := dice.choice(sorted(new)))
+                os.kill(victim, signal.SIGKILL)
+        assert_same(ranks.result(), reference(200))
+    assert len(victims) == 3
+
+
+def test_staleness_is_bounded_measured_and_gone_at_the_end(address: str) -> None:
+    with serving(service_config(2, max_staleness=2), "stale"):
+        ranks = gloo.run(2, as_rank, address, "stale", 2, partial(write_steps, 40, 0.0, 2))
+    assert max(rank["stalest"] for rank in ranks) == 2, "steps without pause outrun any exchange, up to the bound"
+    assert_same(ranks, reference(40))
+    gauges = ranks[0]["gauges"]
+    assert gauges["queue/step"] == 40
+    assert gauges["queue/fill"] == 1
+    assert gauges["queue/duplicates"] == 0
+    assert gauges["queue/exchange_ms"] > 0
+
+
+def go_on(state: dict[str, Tensor], steps: range, shards: RayShards) -> dict[str, Any]:
+    """A rank of a new worker group, from a checkpoint."""
+    replica = MomentumQueue(SIZE, DIM)
+    replica.load_state_dict(state)
+    queue = ServedQueue(replica, shards, batch=BATCH, max_staleness=0)
+    for step in steps:
+        queue.enqueue(*keys_of(step, distributed.rank(), distributed.world_size()))
+    result = {"state": {name: value.clone() for name, value in queue.state_dict().items()}}
+    queue.close()
+    return result
+
+
+def test_a_worker_group_of_another_size_goes_on_from_a_checkpoint(address: str) -> None:
+    """The first group was 15 steps further when it ended; its shards are still there, and forget them."""
+    with serving(service_config(2), "resized"):
+        gloo.run(2, as_rank, address, "resized", 2, partial(write_steps, 25, 0.0, 0))
+        ranks = gloo.run(4, as_rank, address, "resized", 2, partial(go_on, reference(10), range(10, 20)))
+        assert [shard["complete"] for shard in status()["resized"]] == [20 * BATCH] * 2
+    assert_same(ranks, reference(20))
+
+
+def test_what_the_shards_hold_shows(address: str) -> None:
+    with serving(service_config(3), "shown"):
+        assert [shard["open"] for shard in status()["shown"]] == [False] * 3
+        write_steps(5, 0.0, 0, shards_of("shown", 3))
+        shown = status()["shown"]
+        told = subprocess.run(
+            [sys.executable, "-m", "jobs.queue", "status", "--address", address], capture_output=True, text=True
+        )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith(f"shown\n  shard-0  queue {SIZE} x {DIM} float32, 100% full  step 5 + 0 in flight")
+    assert re.search(r"\n  rank 0  staleness 0 steps  waited [\d.]+ ms  exchange [\d.]+ ms  ", told.stdout)
+    assert [shard["complete"] for shard in shown] == [5 * BATCH] * 3
+    rows = (SIZE + 3 * BATCH) / 3 + 1
+    assert all(shard["held_bytes"] <= rows * (DIM * 4 + 8) for shard in shown), "keys, ids, and three steps in flight"
+    assert "shown" not in status()
+
+
+def test_status_without_a_cluster_is_one_message() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "jobs.queue", "status", "--address", "127.0.0.1:9"], capture_output=True, text=True
+    )
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: no Ray answers at 127.0.0.1:9: ")
+
+
+def silent_rank(shards: RayShards) -> str:
+    """Rank 1 hands over nothing; what rank 0 is told."""
+    service._LIMIT_S, service._WAIT_S = 2.0, 0.5
+    queue = ServedQueue(MomentumQueue(SIZE, DIM), shards, batch=BATCH, max_staleness=0)
+    message = ""
+    if distributed.rank() == 0:
+        queue.enqueue(*keys_of(0, 0, 2))
+        with pytest.raises(QueueError) as caught:
+            queue.negatives()
+        message = str(caught.value)
+    distributed.any_rank(torch.tensor(False))  # rank 1 lives on until rank 0 has given up
+    queue.abandon()
+    service._LIMIT_S, service._WAIT_S = 120.0, 5.0
+    return message
+
+
+def test_a_rank_that_hangs_is_an_error_and_not_a_wait_for_ever(address: str) -> None:
+    with serving(service_config(1), "silent"):
+        message, _ = gloo.run(2, as_rank, address, "silent", 1, silent_rank)
+    assert "the keys below 8 are due for 2 s, those below 0 came; a rank or a shard that hangs" in message
+
+
+def test_keys_of_another_width_or_number_are_refused_at_once(address: str) -> None:
+    with serving(service_config(1), "widths"):
+        queue = ServedQueue(MomentumQueue(SIZE, DIM), shards_of("widths", 1), batch=BATCH, max_staleness=0)
+        with pytest.raises(QueueError, match="keys of 3 numbers do not fit a queue of 4"):
+            queue.enqueue(torch.zeros(BATCH, 3), torch.arange(BATCH))
+        with pytest.raises(QueueError, match="5 keys of each of 1 ranks are not the 8 of a step"):
+            queue.enqueue(torch.zeros(5, DIM), torch.arange(5))
+        queue.close()
+
+
+def test_two_drivers_of_one_run_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster.shards._NAME_WAIT_S", 1.0)
+    with (
+        serving(service_config(1), "twice"),
+        pytest.raises(QueueInUseError, match="another driver is training twice"),
+        serving(service_config(1), "twice"),
+    ):
+        pass
+
+
+DRIVER = """
+import sys, time, ray
+from pipeline.cluster.shards import serving, status
+from pipeline.negatives.config import NegativesConfig
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+with serving(NegativesConfig(backend="service", num_shards=2), "orphan"):
+    assert len(status()["orphan"]) == 2
+    print("serving", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill -9"])
+def test_a_driver_that_ends_leaves_no_actor(address: str, end: str) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, address, "1" if end == "exit" else "600"], stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "serving\n"
+    pids = [shard["pid"] for shard in status().get("orphan", [])]
+    assert len(pids) == 2
+    if end == "kill -9":
+        driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    deadline = time.monotonic() + 30
+    while "orphan" in status() or any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, status()
+        time.sleep(0.2)
+
+
+def rank_pid() -> int:
+    """The process of a rank of the worker group that trains in this process's Ray."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended while we looked
+            if b"RayTrainWorker" in (entry / "cmdline").read_bytes() and os.getpid() in ancestors(entry):
+                return int(entry.name)
+    raise AssertionError("no rank is alive")
+
+
+def ancestors(process: Path) -> list[int]:
+    """The process ids above that of a folder of /proc."""
+    parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    return [parent, *ancestors(Path(f"/proc/{parent}"))] if parent > 1 else []
+
+
+def undisturbed(config: Config, checkpoints_url: str) -> None:
+    """This rank's part of the run with the local queue and without Ray."""
+    store = CheckpointStore(checkpoints_url)
+    fit(config, Manifest.load(config.shards_url), store, device=torch.device("cpu"), report=lambda _: None)
+
+
+def test_a_run_whose_shard_and_whose_rank_are_killed_ends_with_the_weights_of_the_undisturbed(
+    address: str, tmp_path: Path
+) -> None:
+    """MoCo v2 on real digits through Ray Train; then the same run on local queues, compared to the last bit."""
+    config = load_config(
+        "configs/quickstart.yaml",
+        [
+            f"storage.url={tmp_path}",
+            *("model.args={channels: [4, 8, 8, 16]}", "train.global_batch_size=1000", "data.loader_workers=0"),
+            *("train.epochs=4", "train.checkpoint_every_steps=4", "train.log_every_steps=1"),
+            *("method.name=moco_v2", "method.queue_size=2500", "method.ema_decay=0.9"),
+            *("negatives.backend=service", "negatives.num_shards=2"),
+        ],
+    )
+    manifest = prepare_data(config)
+    run = Run(config, manifest.digest)
+    reports: list[Report] = []
+
+    def on_report(report: Report) -> None:
+        reports.append(report)
+        if isinstance(report, WorkerFailure) or len(reports) not in (3, 10):
+            return
+        if len(reports) == 3:
+            os.kill(status()[run.id][1]["pid"], signal.SIGKILL)
+        else:
+            os.kill(rank_pid(), signal.SIGKILL)
+
+    pretrain(config, manifest, mlflow_run_id="", on_report=on_report)
+    steps = [report.step for report in reports if isinstance(report, Progress)]
+    assert steps[-1] == 16
+    assert len(steps) > 16, "the group started again from a checkpoint"
+    assert all("queue/staleness" in report.metrics for report in reports if isinstance(report, Progress))
+    assert run.id not in status()
+
+    local = override(config, ["negatives.backend=local", "negatives.num_shards=1"])
+    assert local.run_id(manifest.digest) == run.id, "the backend does not change what the run is"
+    gloo.run(2, undisturbed, local, str(tmp_path / "undisturbed"))
+    expected = CheckpointStore(str(tmp_path / "undisturbed")).load(16)
+    actual = run.checkpoints.load(16)
+    assert actual["method"].keys() == expected["method"].keys()
+    for name, value in expected["method"].items():
+        assert torch.equal(actual["method"][name], value), name
