@@ -84,6 +84,10 @@ def test_every_shipped_config_is_valid() -> None:
             ["queue_size=4", "8 keys", "queue_size >= 8", "global_batch_size <= 4"],
         ),
         (["negatives.backend=service"], ["negatives.backend=service", "method.name=simclr", "moco_v2"]),
+        (
+            ["method={name: moco_v2, queue_size: 500, mochi: {hardest: 501}}"],
+            ["hardest=501", "queue_size=500"],
+        ),
         (["negatives.max_staleness=1"], ["max_staleness", "negatives.backend=service"]),
         (
             [

@@ -23,6 +23,7 @@ def info_nce(
     sample_ids: tuple[Tensor, Tensor] | None = None,
     positive_prior: float = 0.0,
     hardness: float = 0.0,
+    synthetic: Tensor | None = None,
 ) -> Tensor:
     """The mean over the queries of -log(e^{q.k+/T} / (e^{q.k+/T} + sum_n e^{q.n/T})), MoCo's equation 1.
 
@@ -34,6 +35,7 @@ def info_nce(
             (Chuang et al. 2020, arXiv:2007.00224, equation 8); in [0, 1).
         hardness: beta >= 0 weighs each negative by e^{beta q.n/T} (Robinson et al. 2021, arXiv:2010.04592, equation
             4; the released code, like here, multiplies the logit that has T in it).
+        synthetic: (B, M, D), more negatives for each query, its own; the two corrections above leave them alone.
     """
     own = (query * positive.detach()).sum(1) / temperature  # (B,)
     others = log_sum_exp_similarity(query, negatives, temperature, sample_ids)
@@ -44,6 +46,9 @@ def info_nce(
         others = hard - weights + _counts(negatives, sample_ids).log()
     if positive_prior:
         others = _debiased(own, others, _counts(negatives, sample_ids), temperature, positive_prior)
+    if synthetic is not None:
+        more = torch.einsum("bd,bmd->bm", query, synthetic.to(query.dtype)) / temperature
+        others = torch.logaddexp(others, more.logsumexp(1))
     return (torch.logaddexp(own, others.to(own.dtype)) - own).mean()
 
 

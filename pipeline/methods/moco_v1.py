@@ -10,15 +10,17 @@ same); the learning rate falls with a cosine, as in v2, not in steps.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipeline import distributed
 from pipeline.data.views import RECIPES, View
 from pipeline.losses.infonce import info_nce
+from pipeline.losses.mochi import Draws, MochiConfig, mixtures
 from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
 from pipeline.models.backbone import Backbone
@@ -41,7 +43,17 @@ class MoCoV1Config(MethodConfig):
     exclude_own_keys: bool = False  # a key of the query's own image, from an earlier epoch, is then no negative
     positive_prior: float = Field(default=0.0, ge=0, lt=1)  # tau+ of the debiased loss (Chuang et al. 2020)
     hardness: float = Field(default=0.0, ge=0)  # beta of hard negatives (Robinson et al. 2021), as a share of 1/T
+    mochi: MochiConfig | None = None  # mixtures of hard negatives, e.g. {hardest: 1024, mixed: 1024, with_query: 128}
     ema_decay: float = Field(default=0.999, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _hardest_are_in_the_queue(self) -> Self:
+        if self.mochi is not None and self.mochi.hardest > self.queue_size:
+            raise ValueError(
+                f"method.mochi.hardest={self.mochi.hardest} negatives are more than the queue has; use at most "
+                f"method.queue_size={self.queue_size}"
+            )
+        return self
 
 
 class MoCoV1(Method):
@@ -54,6 +66,7 @@ class MoCoV1(Method):
         self.temperature = config.temperature
         self.exclude_own_keys = config.exclude_own_keys
         self.positive_prior, self.hardness = config.positive_prior, config.hardness
+        self.mochi = config.mochi
         self.projection_head = self.build_head(backbone.feature_dim, config.projection_dim)
         self.momentum_backbone = momentum_copy(backbone)
         self.momentum_head = momentum_copy(self.projection_head)
@@ -85,9 +98,21 @@ class MoCoV1(Method):
             sample_ids=(self.sample_ids, self.queue.sample_ids) if self.exclude_own_keys else None,
             positive_prior=self.positive_prior,
             hardness=self.hardness,
+            synthetic=None if self.mochi is None else self._mixtures(q.detach(), negatives, self.mochi),
         )
         self.queue.enqueue(k, self.sample_ids)
         return loss, {"loss_vs_chance": loss.detach() / math.log(len(negatives) + 1)}
+
+    def _mixtures(self, q: Tensor, negatives: Tensor, config: MochiConfig) -> Tensor | None:
+        rank, count = distributed.rank(), len(q)
+        batch = count * distributed.world_size()
+        step = self.queue.enqueued() // batch
+        if step < config.start_step:
+            return None
+        draws = Draws.of(config, batch, seed=step)
+        is_own = self.sample_ids[:, None] == self.queue.sample_ids[None] if self.exclude_own_keys else None
+        own_draws = draws.rows(slice(rank * count, (rank + 1) * count), q.device)
+        return mixtures(q, negatives, is_own, config.hardest, own_draws)
 
     def gauges(self) -> dict[str, float]:
         """The queue's."""

@@ -22,6 +22,10 @@ class Negatives(Protocol):
         order. Called once a step by every rank, after ``negatives()``."""
         ...
 
+    def enqueued(self) -> int:
+        """How many keys all ranks have handed over in the whole run; it may wait for the device."""
+        ...
+
     def gauges(self) -> dict[str, float]:
         """Name -> value for the log; it may wait for the device."""
         ...

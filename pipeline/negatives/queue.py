@@ -43,6 +43,10 @@ class MomentumQueue(nn.Module):
         self.keys.index_copy_(0, rows, keys[len(keys) - kept :].to(self.keys, non_blocking=True))
         self.sample_ids.index_copy_(0, rows, sample_ids[len(keys) - kept :].to(self.sample_ids, non_blocking=True))
 
+    def enqueued(self) -> int:
+        """The keys written so far."""
+        return int(self.written)
+
     def gauges(self) -> dict[str, float]:
         """The share of the ring that real keys fill."""
         return {"queue/fill": min(int(self.written) / len(self.keys), 1.0)}

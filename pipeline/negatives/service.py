@@ -109,6 +109,10 @@ class ServedQueue(MomentumQueue):
             copied.record()
         self._outbox.put((_Keys(start, host, ids, copied), self._sent - self._max_staleness * self._batch))
 
+    def enqueued(self) -> int:
+        """The keys handed over so far, in the replica or on their way."""
+        return self._sent
+
     def gauges(self) -> dict[str, float]:
         """Fill and mean age of the keys, staleness in steps, time the step waited and an exchange took, bytes."""
         own = {f"queue/{name}": value for name, value in self._gauges.items()}

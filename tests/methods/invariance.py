@@ -62,9 +62,10 @@ def train(
     dtype: torch.dtype,
     steps: int,
     serve: Callable[[Method], None] = lambda method: None,
+    **settings: object,
 ) -> dict[str, dict[str, Tensor]]:
     """A run on this rank: losses of all steps, the last gradients, and the state at the end, by group."""
-    method = distributed.convert_global_bn(small_method(name).to(dtype))
+    method = distributed.convert_global_bn(small_method(name, **settings).to(dtype))
     recipe = yaml.safe_load((CONFIGS / f"{name}-resnet50-224.yaml").read_text())["optim"]
     config = OptimConfig.model_validate(recipe)
     optimizer = build_optimizer(method, config, LR[config.name])
