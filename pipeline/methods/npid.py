@@ -62,7 +62,7 @@ class NPID(Method):
         return tuple(normalize(self.projection_head(self.backbone(view))) for view in views)
 
     def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """NCE against the old slots, averaged over views; the slots of the batch then move."""
+        """NCE of each view against the old slots; the slots of the batch then move."""
         ids = self.bank.draw(self.num_negatives)
         is_own = self.sample_ids[:, None] == ids[None]
         slots, noise_slots = self.bank.read(self.sample_ids), self.bank.read(ids)
@@ -74,10 +74,18 @@ class NPID(Method):
                 torch.stack([torch.stack(log_normalizer(own, noise, is_own)) for own, noise in logits]).sum(0)
             )
             self.log_z.copy_((total / count).log() + math.log(num_samples))
-        loss = torch.stack([nce(own, noise, is_own, self.log_z, num_samples) for own, noise in logits]).mean()
-        mean = normalize(torch.stack(embeddings).mean(0).detach(), dim=1)
-        self.bank.update(self.sample_ids, mean, self.bank_momentum)
+        loss = self.combine(torch.stack([nce(own, noise, is_own, self.log_z, num_samples) for own, noise in logits]))
+        self.bank.update(self.sample_ids, self.slot_target(embeddings).detach(), self.bank_momentum)
         return loss, {"loss_vs_chance": loss.detach() / chance(self.num_negatives)}
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """(views,) -> scalar."""
+        return losses.mean()
+
+    def slot_target(self, embeddings: tuple[Tensor, ...]) -> Tensor:
+        """(B, D), of length 1: where the slots of the batch move."""
+        mean: Tensor = normalize(torch.stack(embeddings).mean(0))
+        return mean
 
 
 METHOD = NPID

@@ -12,6 +12,7 @@ import torch
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
 from torch import Tensor
 
+from pipeline.losses.nce import nce
 from pipeline.methods.barlow import BarlowTwins, barlow_loss
 from pipeline.methods.byol import byol_loss
 from pipeline.methods.moco_v3 import moco_v3_loss
@@ -200,3 +201,21 @@ def test_npid_compares_with_the_old_slots_estimates_z_once_and_then_moves_the_sl
     method(batch(1, torch.float64))
     torch.testing.assert_close(method.log_z, z.log().detach())
     assert metrics["loss_vs_chance"] > 0
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(0, 1), (1, 2), (2, 3), (3, 1)])
+def test_pirl_weighs_the_rotated_view_against_the_plain_one_and_keeps_the_plain_one(steps: int, turns: int) -> None:
+    method, other = (small_method("pirl", rotated_weight=0.3).double().eval() for _ in range(2))
+    method.bank.steps = other.bank.steps = steps
+    method.log_z.fill_(2.0)
+    plain, second = batch(0, torch.float64).views
+    turned = torch.rot90(second, turns, dims=(2, 3))
+    f = torch.nn.functional.normalize(other.projection_head(other.backbone(plain)), dim=1)
+    g = torch.nn.functional.normalize(other.rotated_head(other.backbone(turned)), dim=1)
+    ids, drawn, slots = torch.arange(16), other.bank.draw(30), other.bank.slots.clone()
+    loss, _ = method(batch(0, torch.float64))
+    assert (method.log_z == 2) == (steps > 0), "Z is estimated at the first step alone"
+    is_own = ids[:, None] == drawn[None]
+    parts = [nce((e * slots[ids]).sum(1) / 0.07, e @ slots[drawn].T / 0.07, is_own, method.log_z, 50) for e in (f, g)]
+    torch.testing.assert_close(loss, 0.7 * parts[0] + 0.3 * parts[1])
+    torch.testing.assert_close(method.bank.slots[ids], torch.nn.functional.normalize(0.5 * (slots[ids] + f), dim=1))

@@ -62,6 +62,7 @@ def _linears(module: nn.Module) -> list[tuple[int, int]]:
         ("moco_v1-resnet50-224", [2048, 128], None),
         ("moco_v2-resnet50-224", [2048, 2048, 128], None),
         ("npid-resnet50-224", [2048, 128], None),
+        ("pirl-resnet50-224", [2048, 128], None),
         ("moco_v3-resnet50-224", [2048, 4096, 256], [256, 4096, 256]),
         ("moco_v3-vit_small-224", [384, 4096, 4096, 256], [256, 4096, 256]),
         ("byol-resnet50-224", [2048, 4096, 256], [256, 4096, 256]),
@@ -81,8 +82,8 @@ def test_heads_have_the_widths_of_the_papers(recipe: str, projection: list[int],
 
 @pytest.mark.parametrize(
     ("recipe", "peak"),
-    [("simclr", 4.8), ("moco_v1", 0.03), ("moco_v2", 0.03), ("npid", 0.03), ("moco_v3", 9.6), ("byol", 3.2),
-     ("simsiam", 0.1), ("vicreg", 1.6), ("barlow", 1.6)],
+    [("simclr", 4.8), ("moco_v1", 0.03), ("moco_v2", 0.03), ("npid", 0.03), ("pirl", 0.12), ("moco_v3", 9.6),
+     ("byol", 3.2), ("simsiam", 0.1), ("vicreg", 1.6), ("barlow", 1.6)],
 )  # fmt: skip
 def test_peak_learning_rates_are_the_papers(recipe: str, peak: float) -> None:
     config = load_config(CONFIGS / f"{recipe}-resnet50-224.yaml")
