@@ -69,7 +69,13 @@ class ServedQueue(MomentumQueue):
         # A shard that rank 0 fills again is at most max_staleness + 1 steps behind the newest push of any rank.
         steps_in_flight = max_staleness + 3
         size, dim = self.keys.shape
-        self._spec = QueueSpec(size, dim, str(self.keys.dtype)[6:], batch, len(shards), steps_in_flight)
+        if size < (max_staleness + 1) * batch:  # a rank that lags would find its next keys overwritten
+            raise QueueError(
+                f"a queue of {size} keys is smaller than the {max_staleness + 1} steps of {batch} that a replica may "
+                "lag; use method.queue_size or negatives.max_staleness to match"
+            )
+        dtype = str(self.keys.dtype).removeprefix("torch.")
+        self._spec = QueueSpec(size, dim, dtype, batch, len(shards), steps_in_flight)
         self._generation = distributed.broadcast_int(time.time_ns())
         self._sent = self._applied = self._pulled = int(self.written)
         self._recent: deque[Rows] = deque(maxlen=steps_in_flight)  # this rank's last pushes, in case they are lost
@@ -102,7 +108,8 @@ class ServedQueue(MomentumQueue):
         start = self._sent + distributed.rank() * len(keys)
         self._sent += self._batch
         keys = keys.detach().to(self.keys.dtype).contiguous()
-        host, ids = (x.to("cpu", non_blocking=True) for x in (keys, sample_ids))
+        # copies on the CPU too: the courier reads them, and may send them again, when the loader has reused its memory
+        host, ids = (x.to("cpu", non_blocking=True, copy=True) for x in (keys, sample_ids))
         copied = None
         if keys.is_cuda:
             copied = torch.cuda.Event()
