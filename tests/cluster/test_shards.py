@@ -44,10 +44,12 @@ BATCH, SIZE, DIM = 8, 20, 4
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A Ray of one node in this process."""
-    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield context.address_info["address"]
-    ray.shutdown()
+    """A Ray of one node in this process, without a token: a pool of ranks may be older than it, and not know one."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield context.address_info["address"]
+        ray.shutdown()
 
 
 def shards_of(run_id: str, num_shards: int) -> RayShards:
