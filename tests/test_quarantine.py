@@ -67,7 +67,7 @@ def run(config: Config, store_url: str, until: int | None = None) -> tuple[list[
 
 def met_alone(config: Config) -> int:
     """How many bad samples this rank's loader meets in an epoch."""
-    loader = make_loader(config, Manifest.load(config.shards_url))
+    loader = make_loader(config, Manifest.load(config.shards_url), torch.device("cpu"))
     for _ in loader.batches(0, loader.steps_per_epoch):
         pass
     return len(loader.quarantine)
