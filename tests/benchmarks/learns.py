@@ -177,7 +177,7 @@ def scores(backbone: Backbone, config: Config, manifest: Manifest, *, baselines:
 def batches_of(seed: int, epochs: int, folder: str) -> list[Batch]:
     """What both sides of every method train on."""
     config = config_of("simclr", seed, epochs, folder)
-    loader = make_loader(config, prepare_data(config))
+    loader = make_loader(config, prepare_data(config), DEVICE)
     return list(loader.batches(0, epochs * loader.steps_per_epoch))
 
 
