@@ -302,6 +302,7 @@ def undisturbed(config: Config, checkpoints_url: str) -> None:
     fit(config, Manifest.load(config.shards_url), store, device=torch.device("cpu"), report=lambda _: None)
 
 
+@pytest.mark.heavy
 def test_a_run_whose_shard_and_whose_rank_are_killed_ends_with_the_weights_of_the_undisturbed(
     address: str, tmp_path: Path
 ) -> None:

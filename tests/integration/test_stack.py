@@ -68,6 +68,7 @@ print("used", run.info.run_id)
 """
 
 
+@pytest.mark.heavy
 def test_up_works_twice_heals_a_half_dead_stack_and_down_leaves_nothing(folder: Path):
     first = run_stack("up", folder)
     assert first.returncode == 0, first.stderr

@@ -153,6 +153,7 @@ def test_a_damaged_shard_is_one_clear_error(registry: Registry, tmp_path: Path) 
     assert not (tmp_path / "out" / shard.name.replace(".tar", ".parquet")).exists()
 
 
+@pytest.mark.heavy
 def test_too_many_images_that_cannot_be_decoded_end_the_job(registry: Registry, tmp_path: Path) -> None:
     manifest = shards_at(str(tmp_path / "shards"), {17, 18})
     done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"))
