@@ -79,13 +79,14 @@ class LaneReader:
         runs = self._plan.block_runs(*key)
         edges = np.cumsum([0, *(run_bytes(self._samples, run) for run in runs)]).tolist()
         buffer = self._buffer(edges[-1])
-        for run, low, high in zip(runs, edges, edges[1:], strict=False):
-            read_run(self._manifest, self._samples, self._fetch, run, buffer.data[low:high])
+        places = [
+            np.array(read_run(self._manifest, self._samples, self._fetch, run, buffer.data[low:high])) + low
+            for run, low, high in zip(runs, edges, edges[1:], strict=False)
+        ]
         read = np.concatenate([np.arange(run.first, run.first + run.count) for run in runs])
-        bounds = np.concatenate([_bounds(self._samples, run) + low for run, low in zip(runs, edges, strict=False)], 1)
         ids = self._plan.block_ids(*key)
         by_id = np.argsort(read)
-        starts, ends = bounds[:, by_id[np.searchsorted(read, ids, sorter=by_id)]].tolist()
+        starts, ends = np.concatenate(places)[by_id[np.searchsorted(read, ids, sorter=by_id)]].T.tolist()
         _, lane, block = key
         return Block(self._plan.block_start(lane, block), ids.tolist(), starts, ends, buffer)
 
