@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +26,7 @@ from pipeline.storage import DeniedError, MissingError, StorageError
 PATIENCE_S = 60.0  # an object store may restart meanwhile
 TIMEOUT_S = 5.0  # of a connect and of each wait for bytes
 _PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
-_READ_BYTES = 2**20  # per recv: larger reads leave the cache before the checksum sees them
+_READ_BYTES = 2**20  # what a broken connection loses at most
 _RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -35,21 +34,11 @@ class ReplacedError(StorageError):
     """A shard is not the object it was when this process first read it."""
 
 
-Arrived = Callable[[int], None]  # told how many bytes are in place by now; at last, all
-
-
-def unheeded(arrived: int) -> None:
-    """For who waits for all bytes."""
-
-
 class Fetch(Protocol):
     """Reads ranges of a manifest's shards; safe to call from several threads."""
 
-    def fill(self, shard: int, start: int, buffer: memoryview, arrived: Arrived = unheeded) -> None:
-        """Fill ``buffer`` with the shard's bytes from ``start`` on. StorageError where they cannot be had.
-
-        ``arrived`` is called every MiB or so, while that is in the cache.
-        """
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the shard's bytes from ``start`` on. StorageError where they cannot be had."""
 
     def refill(self, shard: int, start: int, buffer: memoryview) -> None:
         """The same from the source, past any copy: the checksum of what came first was wrong."""
@@ -77,15 +66,14 @@ class LocalFetch:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
-    def fill(self, shard: int, start: int, buffer: memoryview, arrived: Arrived = unheeded) -> None:
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         path = Path(self._manifest.shard_url(shard))
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(start)
                 filled = 0
-                while count := file.readinto(buffer[filled : filled + _READ_BYTES]):
+                while count := file.readinto(buffer[filled:]):
                     filled += count
-                    arrived(filled)
         except FileNotFoundError as error:
             raise MissingError(f"the shard {path} is missing; its manifest lists it") from error
         except OSError as error:
@@ -102,7 +90,7 @@ class StorageFetch:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
-    def fill(self, shard: int, start: int, buffer: memoryview, arrived: Arrived = unheeded) -> None:
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         patience = _Patience(self._manifest.shard_url(shard))
         while True:
             try:
@@ -112,7 +100,6 @@ class StorageFetch:
                 raise
             except StorageError as error:
                 patience.pause(error)
-        arrived(len(buffer))
 
     refill = fill
 
@@ -126,7 +113,7 @@ class HttpFetch:
         self._signed: dict[int, tuple[str, float]] = {}  # shard -> URL, when it was signed
         self._local = threading.local()
 
-    def fill(self, shard: int, start: int, buffer: memoryview, arrived: Arrived = unheeded) -> None:
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         patience = _Patience(self._manifest.shard_url(shard))
         filled = 0
         while filled < len(buffer):
@@ -138,7 +125,6 @@ class HttpFetch:
                     if not count:
                         raise ConnectionError(f"the connection ended after {filled} of {len(buffer)} bytes")
                     filled += count
-                    arrived(filled)
                 response.read()  # the end of the response: the connection can be used again
             except (OSError, http.client.HTTPException) as error:  # OSError: refused, reset, timed out
                 self._drop_connection()

@@ -36,7 +36,7 @@ from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig
 from pipeline.data.plan import Plan, Run, uniform_rows
-from pipeline.data.reader import read_run, run_bytes
+from pipeline.data.reader import SampleReader
 from pipeline.data.shared import Layout, allocate, attach
 from pipeline.data.views import Augmenter, Pixels, View, resize
 from pipeline.data.worker import Done, Job, Order
@@ -301,16 +301,16 @@ def read_images(
 
 def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memoryview]]:
     samples = manifest.split(split)
-    fetch = open_fetch(manifest)
+    reader = SampleReader(manifest, samples, open_fetch(manifest))
     first = 0
     while first < samples.num_samples:
         same_shard = int(np.searchsorted(samples.shard, samples.shard[first], side="right"))
         near = samples.offset[first:same_shard] < samples.offset[first] + _READ_BYTES
         count = int(np.count_nonzero(near))
-        run = Run(samples.first_id + first, count)
-        buffer = np.empty(run_bytes(samples, run), np.uint8).data
-        places = read_run(manifest, samples, fetch, run, buffer)
-        yield from ((run.first + row, buffer[start:end]) for row, (start, end) in enumerate(places))
+        runs = [Run(samples.first_id + first, count)]
+        ids = samples.first_id + np.arange(first, first + count)
+        block = reader.read(runs, ids, np.empty(reader.num_bytes(runs), np.uint8))
+        yield from ((sample_id, block.payload(place)) for place, sample_id in enumerate(block.ids))
         first += count
 
 

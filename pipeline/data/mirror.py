@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.data.fetch import Arrived, Fetch, read_range, unheeded
+from pipeline.data.fetch import Fetch, read_range
 from pipeline.data.manifest import Manifest
 from pipeline.storage import StorageError
 
@@ -51,14 +51,13 @@ class MirrorFetch:
         except OSError as error:
             raise StorageError(f"the mirror {self._folder} cannot be written: {error}") from error
 
-    def fill(self, shard: int, start: int, buffer: memoryview, arrived: Arrived = unheeded) -> None:
+    def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         """Copy what is there, read what is missing in whole chunks and keep it."""
         end = start + len(buffer)
         chunks = list(range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)))
         missing = [chunk for chunk in chunks if not self._copy(shard, chunk, start, end, buffer)]
         for first, last in _consecutive(missing):
             self._read(shard, first, last, start, end, buffer)
-        arrived(len(buffer))
 
     def refill(self, shard: int, start: int, buffer: memoryview) -> None:
         """From the source; the chunks in doubt leave the mirror."""

@@ -1,9 +1,10 @@
-"""Blocks of samples from the shards, read ahead, each sample checked against its checksum.
+"""Blocks of samples from the shards, read ahead, each sample checked against its checksum when it is taken.
 
 A block is what a lane shuffles (pipeline/data/plan.py): a few MiB in one or a few byte ranges. Payloads are
 sliced by the manifest's offsets; tar headers are never parsed, so a damaged one cannot lose a sample.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.storage import StorageError
 
 BlockKey = tuple[int, int, int]  # epoch, lane, block
 
-_FETCH_THREADS = 2  # they wait for sockets and run crc32, both without the interpreter's lock
+_FETCH_THREADS = 2  # they wait for sockets, without the interpreter's lock
 _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way is not there twice
 _MIB = 2**20
 
@@ -26,33 +27,104 @@ class IntegrityError(StorageError):
     """What lies in a shard is not what was written: its checksum is wrong, time and again."""
 
 
+class SampleReader:
+    """Reads runs of a split's samples, each run with one request."""
+
+    def __init__(self, manifest: Manifest, samples: Samples, fetch: Fetch) -> None:
+        self._manifest = manifest
+        self._samples = samples
+        self._fetch = fetch
+
+    def num_bytes(self, runs: Sequence[Run]) -> int:
+        """How long a buffer ``read`` needs: the samples and the tar headers between them."""
+        return sum(end - start for _, start, end in map(self._range, runs))
+
+    def read(self, runs: Sequence[Run], ids: NDArray[np.int64], buffer: NDArray[np.uint8], start: int = 0) -> "Block":
+        """A block of the samples ``ids``, which are those of ``runs`` in any order, read into ``buffer``."""
+        samples, filled = self._samples, 0
+        read, starts = [], []
+        for run in runs:
+            shard, low, high = self._range(run)
+            self._fetch.fill(shard, low, buffer.data[filled : filled + high - low])
+            rows = slice(run.first - samples.first_id, run.first - samples.first_id + run.count)
+            read.append(np.arange(run.first, run.first + run.count))
+            starts.append(samples.offset[rows] - low + filled)
+            filled += high - low
+        by_id = np.argsort(np.concatenate(read))
+        places = by_id[np.searchsorted(np.concatenate(read), ids, sorter=by_id)]
+        rows_of_ids = ids - samples.first_id
+        return Block(
+            self,
+            ids.tolist(),
+            np.concatenate(starts)[places],
+            samples.length[rows_of_ids],
+            samples.crc32[rows_of_ids].tolist(),
+            buffer,
+            start,
+        )
+
+    def read_again(self, sample_id: int, payload: memoryview, crc: int) -> None:
+        """Fill ``payload`` from the source until its checksum is right; IntegrityError if it never is."""
+        row = sample_id - self._samples.first_id
+        shard, offset = int(self._samples.shard[row]), int(self._samples.offset[row])
+        for _ in range(_REFETCHES):
+            self._fetch.refill(shard, offset, payload)
+            if crc32(payload) == crc:
+                return
+        raise IntegrityError(
+            f"sample {sample_id} (bytes {offset} to {offset + len(payload)} of {self._manifest.shard_url(shard)}) has "
+            f"the crc32 {crc32(payload):08x}, the manifest says {crc:08x}, after {_REFETCHES} more reads; the shard is "
+            "damaged or another one: restore it; `python -m jobs.write_shards --verify` lists all such"
+        )
+
+    def _range(self, run: Run) -> tuple[int, int, int]:
+        """(shard, first byte, end) of a run."""
+        first = run.first - self._samples.first_id
+        last = first + run.count - 1
+        end = int(self._samples.offset[last]) + int(self._samples.length[last])
+        return int(self._samples.shard[first]), int(self._samples.offset[first]), end
+
+
 class Block:
-    """A block in memory: ids and checked payloads in the order in which batches take them."""
+    """Samples in memory, in the order in which batches take them."""
 
     def __init__(
-        self, start: int, ids: list[int], starts: list[int], ends: list[int], buffer: NDArray[np.uint8]
+        self,
+        reader: SampleReader,
+        ids: list[int],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        crcs: list[int],
+        buffer: NDArray[np.uint8],
+        start: int,
     ) -> None:
         self.start = start  # in the lane, in samples
         self.ids = ids
         self.buffer = buffer
-        self._starts, self._ends = starts, ends
+        self._reader = reader
+        self._data = buffer.data
+        self._starts, self._ends = starts.tolist(), (starts + lengths).tolist()
+        self._crcs = crcs
 
     def payload(self, place: int) -> memoryview:
-        """What sample ``ids[place]`` holds, valid until the reader moves past the block.
+        """What sample ``ids[place]`` holds, checked, valid until the reader moves past the block.
 
-        Sliced on demand: views kept for every sample of a block cost the garbage collector 0.1 CPU-s/GB.
+        Sliced on demand: views kept for every sample of a block cost the garbage collector 0.1 CPU-s/GB. Checked on
+        demand: that brings it into the cache for the decoder, and a checksum per sample in the fetching threads has
+        them fight for the interpreter's lock. IntegrityError where reading it again does not help.
         """
-        return self.buffer.data[self._starts[place] : self._ends[place]]
+        payload = self._data[self._starts[place] : self._ends[place]]
+        if crc32(payload) != self._crcs[place]:
+            self._reader.read_again(self.ids[place], payload, self._crcs[place])
+        return payload
 
 
 class LaneReader:
     """Keeps the current blocks of some lanes in memory, and those that come next."""
 
     def __init__(self, manifest: Manifest, samples: Samples, plan: Plan, fetch: Fetch, lanes: range) -> None:
-        self._manifest = manifest
-        self._samples = samples
+        self._reader = SampleReader(manifest, samples, fetch)
         self._plan = plan
-        self._fetch = fetch
         self._lanes = lanes
         self._slice = slice(lanes.start, lanes.stop)
         self._current: dict[int, tuple[BlockKey, Block]] = {}
@@ -77,18 +149,9 @@ class LaneReader:
     def read(self, key: BlockKey) -> Block:
         """Any lane's block, read now."""
         runs = self._plan.block_runs(*key)
-        edges = np.cumsum([0, *(run_bytes(self._samples, run) for run in runs)]).tolist()
-        buffer = self._buffer(edges[-1])
-        places = [
-            np.array(read_run(self._manifest, self._samples, self._fetch, run, buffer.data[low:high])) + low
-            for run, low, high in zip(runs, edges, edges[1:], strict=False)
-        ]
-        read = np.concatenate([np.arange(run.first, run.first + run.count) for run in runs])
-        ids = self._plan.block_ids(*key)
-        by_id = np.argsort(read)
-        starts, ends = np.concatenate(places)[by_id[np.searchsorted(read, ids, sorter=by_id)]].T.tolist()
+        buffer = self._buffer(self._reader.num_bytes(runs))
         _, lane, block = key
-        return Block(self._plan.block_start(lane, block), ids.tolist(), starts, ends, buffer)
+        return self._reader.read(runs, self._plan.block_ids(*key), buffer, self._plan.block_start(lane, block))
 
     def close(self) -> None:
         """Forget the blocks and let the threads end."""
@@ -143,58 +206,3 @@ class LaneReader:
         except IndexError:
             return np.empty(self._largest, np.uint8)  # what is never written to takes no memory
         return buffer
-
-
-def run_bytes(samples: Samples, run: Run) -> int:
-    """How many bytes ``read_run`` reads: samples of one shard and the tar headers between them."""
-    return int(_bounds(samples, run)[1, -1])
-
-
-def _bounds(samples: Samples, run: Run) -> NDArray[np.int64]:
-    """(2, n): where each sample starts and ends, in bytes from the first one's start."""
-    first = run.first - samples.first_id
-    rows = slice(first, first + run.count)
-    starts = samples.offset[rows] - samples.offset[first]
-    return np.stack([starts, starts + samples.length[rows]])
-
-
-def read_run(manifest: Manifest, samples: Samples, fetch: Fetch, run: Run, buffer: memoryview) -> list[tuple[int, int]]:
-    """Consecutive samples of one shard by one read into ``buffer`` (of ``run_bytes``); where each lies in it.
-
-    Checksums are computed while the bytes arrive and are in the cache. IntegrityError where one is still wrong after
-    refetches.
-    """
-    first = run.first - samples.first_id
-    shard, offset = int(samples.shard[first]), int(samples.offset[first])
-    places = list(zip(*_bounds(samples, run).tolist(), strict=True))
-    crcs = samples.crc32[first : first + run.count].tolist()
-    checked = 0
-    wrong: list[int] = []
-
-    def check(arrived: int) -> None:
-        nonlocal checked
-        while checked < len(places) and places[checked][1] <= arrived:
-            start, end = places[checked]
-            if crc32(buffer[start:end]) != crcs[checked]:
-                wrong.append(checked)
-            checked += 1
-
-    fetch.fill(shard, offset, buffer, check)
-    for row in wrong:
-        start, end = places[row]
-        _refetch(manifest, fetch, shard, offset + start, buffer[start:end], run.first + row, crcs[row])
-    return places
-
-
-def _refetch(
-    manifest: Manifest, fetch: Fetch, shard: int, offset: int, payload: memoryview, sample_id: int, crc: int
-) -> None:
-    for _ in range(_REFETCHES):
-        fetch.refill(shard, offset, payload)
-        if crc32(payload) == crc:
-            return
-    raise IntegrityError(
-        f"sample {sample_id} (bytes {offset} to {offset + len(payload)} of {manifest.shard_url(shard)}) has the crc32 "
-        f"{crc32(payload):08x}, the manifest says {crc:08x}, after {_REFETCHES} more reads; the shard is damaged or "
-        "another one: restore it; `python -m jobs.write_shards --verify` lists all such"
-    )

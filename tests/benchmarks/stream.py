@@ -167,6 +167,7 @@ def usual_stack(manifest: Manifest, blur: object, count: int) -> None:
 
 
 def our_stack(manifest: Manifest, count: int) -> None:
+    """A whole epoch of a set of ``count``: it reads ahead, and what it read is then used."""
     rows = Rows("train", RECIPES["simclr"], 224, BATCH, 0, 0, BATCH)
     assembler = Assembler(manifest, rows)
     views = [np.empty((BATCH, 3, 224, 224), np.uint8) for _ in range(2)]
@@ -313,7 +314,9 @@ def main() -> None:
             say(f"{count} images, {int(manifest.shards.size.sum()) / 1e6:.0f} MB, {len(manifest.shards.name)} shards")
             rounds = 3 if quick else 5
             figures |= stream(manifest, rounds)
-            figures |= views(manifest, 1 if quick else 3, 256 if quick else 1024, 48 if quick else 96)
+            small = 512 if quick else 2048
+            few = write_shards(make_samples(small), f"{server.new_bucket()}/shards")
+            figures |= views(few, 1 if quick else 3, small, 48 if quick else 96)
             smaller = write_shards(make_samples(min(count, 16_000)), f"{server.new_bucket()}/shards")
             figures |= epoch_two(smaller, folder, rounds)
             torch.set_num_threads(os.cpu_count() or 1)
