@@ -26,11 +26,12 @@ from pipeline.cluster.shards import QueueInUseError, RayShards, serving, status
 from pipeline.cluster.trainer import pretrain
 from pipeline.config import Config, load_config, override
 from pipeline.data.manifest import Manifest
-from pipeline.negatives import service
+from pipeline.negatives import courier
 from pipeline.negatives.config import NegativesConfig
 from pipeline.negatives.queue import MomentumQueue
-from pipeline.negatives.service import ServedQueue, queue_service
-from pipeline.negatives.shard import QueueError
+from pipeline.negatives.served_queue import ServedQueue
+from pipeline.negatives.service import negatives_service
+from pipeline.negatives.shard import ServiceError
 from pipeline.preflight import prepare_data
 from pipeline.progress import Progress
 from pipeline.runs import Run
@@ -69,23 +70,40 @@ def as_rank(address: str, run_id: str, num_shards: int, work: Any) -> Any:
         ray.shutdown()
 
 
-def train_served(name: str, shards: RayShards) -> dict[str, dict[str, Tensor]]:
-    with queue_service(shards, batch=GLOBAL_BATCH, max_staleness=0) as serve:
-        return train(name, torch.float32, 8, serve)
+def train_served(name: str, settings: dict[str, Any], shards: RayShards) -> dict[str, dict[str, Tensor]]:
+    nothing_saved = CheckpointStore("/nonexistent/checkpoints")
+    with negatives_service(shards, batch=GLOBAL_BATCH, max_staleness=0, checkpoints=nothing_saved) as serve:
+        return train(name, torch.float32, 8, serve, **settings)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
-def test_the_service_follows_the_local_trajectory_bit_for_bit(address: str, name: str, world: int) -> None:
-    expected = gloo.run(world, train, name, torch.float32, 8)
+def train_local(name: str, settings: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    return train(name, torch.float32, 8, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "settings"),
+    [
+        *((name, world, {}) for name in ("moco_v1", "moco_v2") for world in (1, 2, 4)),
+        *(("npid", world, {"hard_negatives": 5}) for world in (1, 2, 4)),
+        ("npid", 2, {"bank_dtype": "bfloat16"}),
+        ("pirl", 2, {}),
+    ],
+)
+def test_the_service_follows_the_local_trajectory_bit_for_bit(
+    address: str, name: str, world: int, settings: dict[str, Any]
+) -> None:
+    expected = gloo.run(world, train_local, name, settings)
     run_id = f"{name}-{world}"
     with serving(service_config(num_shards=3), run_id):
-        actual = gloo.run(world, as_rank, address, run_id, 3, partial(train_served, name))
+        actual = gloo.run(world, as_rank, address, run_id, 3, partial(train_served, name, settings))
     for ours, theirs in zip(actual, expected, strict=True):
         for group, tensors in theirs.items():
             for key, value in tensors.items():
                 assert torch.equal(ours[group][key], value), f"{group} {key}"
-    assert ours["negatives"]["queue.written"] == 8 * GLOBAL_BATCH
+    if name.startswith("moco"):
+        assert ours["negatives"]["queue.written"] == 8 * GLOBAL_BATCH
+    else:
+        assert ours["negatives"]["bank._extra_state"][0] == 8
 
 
 def keys_of(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
@@ -205,36 +223,36 @@ def test_status_without_a_cluster_is_one_message() -> None:
 
 def silent_rank(shards: RayShards) -> str:
     """Rank 1 hands over nothing; what rank 0 is told."""
-    service._LIMIT_S, service._WAIT_S = 2.0, 0.5
+    courier._LIMIT_S, courier._WAIT_S = 2.0, 0.5
     queue = ServedQueue(MomentumQueue(SIZE, DIM), shards, batch=BATCH, max_staleness=0)
     message = ""
     if distributed.rank() == 0:
         queue.enqueue(*keys_of(0, 0, 2))
-        with pytest.raises(QueueError) as caught:
+        with pytest.raises(ServiceError) as caught:
             queue.negatives()
         message = str(caught.value)
     distributed.any_rank(torch.tensor(False))  # rank 1 lives on until rank 0 has given up
     queue.abandon()
-    service._LIMIT_S, service._WAIT_S = 120.0, 5.0
+    courier._LIMIT_S, courier._WAIT_S = 120.0, 5.0
     return message
 
 
 def test_a_rank_that_hangs_is_an_error_and_not_a_wait_for_ever(address: str) -> None:
     with serving(service_config(1), "silent"):
         message, _ = gloo.run(2, as_rank, address, "silent", 1, silent_rank)
-    assert "the keys below 8 are due for 2 s, those below 0 came; a rank or a shard that hangs" in message
+    assert "waited 2 s in vain for the keys below 8; a rank or a shard that hangs" in message
 
 
 def test_keys_of_another_width_or_number_are_refused_at_once(address: str) -> None:
     with serving(service_config(1), "widths"):
         with pytest.raises(
-            QueueError, match="queue of 20 keys is smaller than the 3 steps of 8 that a replica may lag"
+            ServiceError, match="queue of 20 keys is smaller than the 3 steps of 8 that a replica may lag"
         ):
             ServedQueue(MomentumQueue(SIZE, DIM), shards_of("widths", 1), batch=BATCH, max_staleness=2)
         queue = ServedQueue(MomentumQueue(SIZE, DIM), shards_of("widths", 1), batch=BATCH, max_staleness=0)
-        with pytest.raises(QueueError, match="keys of 3 numbers do not fit a queue of 4"):
+        with pytest.raises(ServiceError, match="keys of 3 numbers do not fit a queue of 4"):
             queue.enqueue(torch.zeros(BATCH, 3), torch.arange(BATCH))
-        with pytest.raises(QueueError, match="5 keys of each of 1 ranks are not the 8 of a step"):
+        with pytest.raises(ServiceError, match="5 keys of each of 1 ranks are not the 8 of a step"):
             queue.enqueue(torch.zeros(5, DIM), torch.arange(5))
         queue.close()
 
