@@ -33,7 +33,9 @@ class QueueInUseError(UserError):
     """Another driver serves the negatives of the same run."""
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
+# no CPU, which a small cluster needs for its ranks; the memory of an empty process, because actors that ask for nothing
+# are not spread but put anywhere
+@ray.remote(num_cpus=0, memory=100 << 20, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=0)
 class _Shard:
     """A shard whose callers can wait for a complete step. None = it is not open."""
 
@@ -144,7 +146,7 @@ def _start(run_id: str, index: int) -> ActorHandle:
     while True:
         try:
             return _Shard.options(  # type: ignore[attr-defined]
-                name=f"shard-{index}", namespace=_PREFIX + run_id, scheduling_strategy="SPREAD"
+                name=f"shard-{index}", namespace=_PREFIX + run_id
             ).remote(index)
         except ValueError as error:  # the name is taken
             if time.monotonic() > deadline:
