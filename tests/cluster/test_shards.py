@@ -256,6 +256,70 @@ def test_shards_of_a_bank_that_are_killed_again_and_again_lose_nothing(address: 
             assert torch.equal(ours["state"][name], value), name
 
 
+@pytest.mark.heavy
+def test_shards_lie_on_all_nodes_and_one_of_them_may_die() -> None:
+    told = subprocess.run([sys.executable, "-m", "tests.cluster.several_nodes"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
+def impatient(limit_s: float, work: Any, shards: RayShards) -> Any:
+    """``work`` on a rank that gives a shard 1.5 s for an answer, and ``limit_s`` to be back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.cluster.shards._ANSWER_S", 1.0)
+        patch.setattr(courier, "_WAIT_S", 0.5)
+        patch.setattr(courier, "_LIMIT_S", limit_s)
+        return work(shards)
+
+
+def stop_a_shard(run_id: str) -> int:
+    """SIGSTOP one that has taken part in some steps; its process id."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if pids := [shard["pid"] for shard in status()[run_id] if shard["open"] and shard["step"] > 5]:
+            os.kill(pids[-1], signal.SIGSTOP)
+            return pids[-1]
+    raise AssertionError("no shard has begun")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["queue", "bank"])
+def test_a_shard_that_hangs_for_some_seconds_is_waited_for_and_nothing_is_lost(address: str, kind: str) -> None:
+    work = partial(write_steps, 100, 0.02, 0) if kind == "queue" else partial(move_slots, 100, 0.02)
+    with serving(service_config(2), f"stopped-{kind}"), ThreadPoolExecutor(1) as pool:
+        ranks = pool.submit(gloo.run, 2, as_rank, address, f"stopped-{kind}", 2, partial(impatient, 60.0, work))
+        stopped = stop_a_shard(f"stopped-{kind}")
+        time.sleep(5)
+        assert not ranks.done()
+        os.kill(stopped, signal.SIGCONT)
+        results = ranks.result()
+    if kind == "queue":
+        return assert_same(results, reference(100))
+    for ours, theirs in zip(results, gloo.run(2, moved_slots, 100), strict=True):
+        assert torch.equal(ours["seen"], theirs["seen"])
+
+
+def told_of_a_hang(shards: RayShards) -> str:
+    with pytest.raises(ServiceError) as caught:
+        move_slots(10**6, 0.02, shards)
+    return str(caught.value)
+
+
+@pytest.mark.heavy
+def test_a_shard_that_hangs_for_good_ends_the_run_with_an_error(address: str) -> None:
+    with serving(service_config(2), "hung"), ThreadPoolExecutor(1) as pool:
+        ranks = pool.submit(gloo.run, 2, as_rank, address, "hung", 2, partial(impatient, 4.0, told_of_a_hang))
+        stopped = stop_a_shard("hung")
+        began = time.monotonic()
+        try:
+            messages = ranks.result()
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+    assert time.monotonic() < began + 20
+    for message in messages:
+        assert re.search(r"not all 2 shards are back after 4 s; look for dead nodes|waited 4 s in vain for", message)
+
+
 def go_on(state: dict[str, Tensor], steps: range, shards: RayShards) -> dict[str, Any]:
     """A rank of a new worker group, from a checkpoint."""
     replica = MomentumQueue(SIZE, DIM)
@@ -402,17 +466,25 @@ def undisturbed(config: Config, checkpoints_url: str) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("method.name=moco_v2", "method.queue_size=2500", "method.ema_decay=0.9"),
+        ("method.name=npid", "method.num_samples=5000", "method.num_negatives=500", "method.hard_negatives=20"),
+    ],
+    ids=["queue", "bank"],
+)
 def test_a_run_whose_shard_and_whose_rank_are_killed_ends_with_the_weights_of_the_undisturbed(
-    address: str, tmp_path: Path
+    address: str, tmp_path: Path, method: tuple[str, ...]
 ) -> None:
-    """MoCo v2 on real digits through Ray Train; then the same run on local queues, compared to the last bit."""
+    """On real digits through Ray Train; then the same run on local replicas, compared to the last bit."""
     config = load_config(
         "configs/quickstart.yaml",
         [
             f"storage.url={tmp_path}",
             *("model.args={channels: [4, 8, 8, 16]}", "train.global_batch_size=1000", "data.loader_workers=0"),
             *("train.epochs=4", "train.checkpoint_every_steps=4", "train.log_every_steps=1"),
-            *("method.name=moco_v2", "method.queue_size=2500", "method.ema_decay=0.9"),
+            *method,
             *("negatives.backend=service", "negatives.num_shards=2"),
         ],
     )
@@ -433,7 +505,9 @@ def test_a_run_whose_shard_and_whose_rank_are_killed_ends_with_the_weights_of_th
     steps = [report.step for report in reports if isinstance(report, Progress)]
     assert steps[-1] == 16
     assert len(steps) > 16, "the group started again from a checkpoint"
-    assert all("queue/staleness" in report.metrics for report in reports if isinstance(report, Progress))
+    assert all(
+        {"queue/step", "bank/step"} & report.metrics.keys() for report in reports if isinstance(report, Progress)
+    )
     assert run.id not in status()
 
     local = override(config, ["negatives.backend=local", "negatives.num_shards=1"])
