@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from pipeline.negatives.directions import directions
 from pipeline.negatives.shard import DTYPE_BYTES, NotOpenError, ServiceError, Shard
 
-_BLOCK = 1 << 14  # slots that are compared at a time: 16 MiB of similarities for 256 queries
+# slots that are made or compared at a time: 8 MiB of similarities for 256 queries. What is freed stays with the
+# process, and all that it has besides the slots should be a tenth of 100 MB
+_BLOCK = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,14 @@ class BankShard(Shard):
             self._arrived = {}
         if generation != self.generation or content.first != self._filled:
             raise NotOpenError
-        own = np.arange(self.index, spec.num_samples, spec.num_shards)[content.first : content.stop]
-        if content.slots is None:
-            self._slots[content.first : content.stop] = encoded(directions(spec.seed, own, spec.dim), spec.dtype)
-        else:
+        if content.slots is not None:
             self._slots[content.first : content.stop] = content.slots
+        else:
+            own = spec.own_ids(self.index)[content.first : content.stop]
+            for first in range(0, len(own), _BLOCK):
+                ids = np.array(own[first : first + _BLOCK])
+                rows = slice(content.first + first, content.first + first + len(ids))
+                self._slots[rows] = encoded(directions(spec.seed, ids, spec.dim), spec.dtype)
         self._filled = content.stop
         self.is_open = self._filled == len(self._slots)
 
