@@ -139,8 +139,8 @@ class BankShard(Shard):
             own = spec.own_ids(self.index)[content.first : content.stop]
             for first in range(0, len(own), _BLOCK):
                 ids = np.array(own[first : first + _BLOCK])
-                rows = slice(content.first + first, content.first + first + len(ids))
-                self._slots[rows] = encoded(directions(spec.seed, ids, spec.dim), spec.dtype)
+                made = slice(content.first + first, content.first + first + len(ids))
+                self._slots[made] = encoded(directions(spec.seed, ids, spec.dim), spec.dtype)
         self._filled = content.stop
         self.is_open = self._filled == len(self._slots)
 
