@@ -219,21 +219,18 @@ class ServedBank(nn.Module):
     def _contents(self, empty: Collection[int]) -> Iterator[list[Part | None]]:
         """What the empty shards start from, a part of each at a time."""
         steps, slots = self._start or self._newest_checkpoint()
-        indices = range(self._spec.num_shards)
         for first in range(0, len(self._spec.own_ids(0)), _PART):
-            parts: list[Part | None] = []
-            for index in indices:
-                own = self._spec.own_ids(index)
-                rows = range(len(own))[first : first + _PART]
-                if index not in empty or not rows:
-                    parts.append(None)
-                    continue
-                values = None
-                if slots is not None:
-                    mine = slots[own[rows.start] : own[rows.stop - 1] + 1 : self._spec.num_shards]
-                    values = mine.cpu().contiguous().view(torch.uint8).numpy()
-                parts.append(Part(steps, rows.start, rows.stop, values))
-            yield parts
+            indices = range(self._spec.num_shards)
+            yield [self._part(index, first, steps, slots) if index in empty else None for index in indices]
+
+    def _part(self, index: int, first: int, steps: int, slots: Tensor | None) -> Part | None:
+        own = self._spec.own_ids(index)[first : first + _PART]
+        if first and not own:
+            return None  # this shard is smaller than shard 0
+        values = None
+        if slots is not None and own:
+            values = slots[own[0] : own[-1] + 1 : own.step].cpu().contiguous().view(torch.uint8).numpy()
+        return Part(steps, first, first + len(own), values)
 
     def _newest_checkpoint(self) -> tuple[int, Tensor | None]:
         saved = self._checkpoints.latest_step()
