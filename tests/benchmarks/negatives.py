@@ -7,11 +7,11 @@ K = 65,536 keys of 128 float32 numbers, batches of 256. Progress goes to stderr;
 object:
 
 * ``service_share_of_step``: what a MoCo v2 step of a ResNet-18 at 224 px (B = 256, 2 ranks, in micro-batches of 16,
-  with its update) takes longer with the service than with the in-process queue, as a share: the median over pairs of
-  steps that follow one another, in turn first; with --quick steps of 8 images and a whole batch's keys.
-  ``service_share_spread``: half the distance between the quartiles of the pairs. ``service_cpu_share_of_step``: the
-  same in CPU time of ranks and shard, without the noise of neighbours. Ranks, service and all else share this
-  machine's cores, so whatever the service computes counts.
+  with its update) costs more with the service than with the in-process queue, as a share: CPU time of the ranks and
+  the shard, and the time that a loss waited for keys. The median over pairs of steps that follow one another, in turn
+  first; with --quick steps of 8 images and a whole batch's keys. ``service_wall_share_of_step``: the same in wall time,
+  in which a neighbour on the machine weighs more than the service; each with ``_spread``, half the distance between the
+  quartiles of the pairs. Ranks, service and all else share this machine's cores.
 * ``pull_vs_memcpy``: throughput of a pull of the whole queue, 32 MiB, as a share of memcpy's; no step does that.
 * ``pull_vs_actor_call``: the same as a share of a plain actor call's that returns 32 MiB, Ray's own limit.
 * ``exchange_ms_1_shards_4_clients`` and so on: a step of 256 keys through the service, until all clients have it.
@@ -102,7 +102,8 @@ def resnet18(address: str) -> tuple[Method, dict[str, MomentumQueue], torch.opti
 
 
 def resnet18_step(address: str, backend: str, images: int) -> tuple[float, float]:
-    """On a rank: wall and CPU seconds of a step with ``images`` of its 128 images, and with keys for all of them."""
+    """On a rank: wall seconds of a step with ``images`` of its 128 images, and with keys for all of them; and its CPU
+    seconds with those for which it waited for keys."""
     method, queues, optimizer = resnet18(address)
     views = [torch.randn(images, 3, 224, 224) for _ in range(2)]
     method.queue = Repeated(queues[backend], BATCH // WORLD // images)
@@ -114,7 +115,8 @@ def resnet18_step(address: str, backend: str, images: int) -> tuple[float, float
     backward_in_parts(method, batch, parts, torch.autocast("cpu", enabled=False))
     optimizer.step()
     ema_update_(method.momentum_pairs(), 0.999)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    waited = queues[backend].gauges().get("queue/waited_ms", 0.0) / 1e3
+    return time.perf_counter() - wall, time.process_time() - cpu + waited
 
 
 class Repeated(torch.nn.Module):
@@ -142,8 +144,7 @@ def leave(address: str) -> None:
 def bench_step(address: str, quick: bool) -> dict[str, float]:
     """The service's share of a step."""
     images, pairs = (8, 3) if quick else (BATCH // WORLD, 5)
-    wall: dict[str, list[float]] = {"local": [], "served": []}
-    cpu: dict[str, list[float]] = {"local": [], "served": []}
+    taken: dict[str, dict[str, list[float]]] = {kind: {"local": [], "served": []} for kind in ("wall", "cost")}
     with served(1):
         gloo.run(WORLD, resnet18_step, address, "local", 8)
         gloo.run(WORLD, resnet18_step, address, "served", 8)
@@ -152,22 +153,17 @@ def bench_step(address: str, quick: bool) -> dict[str, float]:
             for backend in ("local", "served") if pair % 2 else ("served", "local"):
                 before = cpu_seconds(shard["pid"])
                 ranks = gloo.run(WORLD, resnet18_step, address, backend, images)
-                wall[backend].append(max(w for w, _ in ranks))
-                cpu[backend].append(sum(c for _, c in ranks) + cpu_seconds(shard["pid"]) - before)
-                print(f"pair {pair + 1} of {pairs}: {backend} {wall[backend][-1]:.2f} s", file=sys.stderr)
+                taken["wall"][backend].append(max(wall for wall, _ in ranks))
+                taken["cost"][backend].append(sum(cost for _, cost in ranks) + cpu_seconds(shard["pid"]) - before)
+                print(f"pair {pair + 1} of {pairs}: {backend} {taken['wall'][backend][-1]:.2f} s", file=sys.stderr)
         gloo.run(WORLD, leave, address)
     of_batch = images / (BATCH // WORLD)  # the exchange is a whole batch's
-
-    def shares(taken: dict[str, list[float]]) -> list[float]:
-        return [of_batch * (ours / theirs - 1) for ours, theirs in zip(taken["served"], taken["local"], strict=True)]
-
-    low, _, high = statistics.quantiles(shares(wall), n=4)
-    return {
-        "service_share_of_step": statistics.median(shares(wall)),
-        "service_share_spread": (high - low) / 2,
-        "service_cpu_share_of_step": statistics.median(shares(cpu)),
-        "resnet18_step_s": statistics.median(wall["local"]) / of_batch,
-    }
+    figures = {"resnet18_step_s": statistics.median(taken["wall"]["local"]) / of_batch}
+    for name, kind in (("service", "cost"), ("service_wall", "wall")):
+        pairs_of = zip(taken[kind]["served"], taken[kind]["local"], strict=True)
+        low, middle, high = statistics.quantiles([of_batch * (ours / theirs - 1) for ours, theirs in pairs_of], n=4)
+        figures |= {f"{name}_share_of_step": middle, f"{name}_share_spread": (high - low) / 2}
+    return figures
 
 
 def cpu_seconds(pid: int) -> float:

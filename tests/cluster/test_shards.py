@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoint import CheckpointStore, TrainState
 from pipeline.cluster.inbox import Report, WorkerFailure
 from pipeline.cluster.shards import QueueInUseError, RayShards, serving, status
 from pipeline.cluster.trainer import pretrain
@@ -179,19 +179,6 @@ def test_staleness_is_bounded_measured_and_gone_at_the_end(address: str) -> None
     assert gauges["queue/exchange_ms"] > 0
 
 
-class Saved:
-    """One checkpoint of a bank's state, as ``ServedBank`` looks for it; a stand-in for a run's store of them."""
-
-    def __init__(self) -> None:
-        self.states: dict[int, dict[str, Tensor]] = {}
-
-    def latest_step(self) -> int | None:
-        return max(self.states, default=None)
-
-    def load(self, step: int) -> dict[str, Any]:
-        return {"method": {f"bank.{key}": value for key, value in self.states[step].items()}}
-
-
 SAMPLES = 97
 
 
@@ -206,9 +193,9 @@ def bank_step(bank: Any, step: int, rank: int, world: int) -> Tensor:
     return torch.cat([own.flatten(), noise.float(), slots.flatten()])
 
 
-def move_slots(steps: int, pause_s: float, shards: RayShards) -> dict[str, Any]:
+def move_slots(steps: int, pause_s: float, checkpoints_url: str, shards: RayShards) -> dict[str, Any]:
     """A rank that saves after every 30 steps; all it read, and its state at the end."""
-    rank, world, saved = distributed.rank(), distributed.world_size(), Saved()
+    rank, world, saved = distributed.rank(), distributed.world_size(), CheckpointStore(checkpoints_url)
     torch.manual_seed(0)
     bank = ServedBank(MemoryBank(SAMPLES, DIM), shards, checkpoints=saved, name="bank")
     seen, most_unsaved = [], 0
@@ -217,7 +204,17 @@ def move_slots(steps: int, pause_s: float, shards: RayShards) -> dict[str, Any]:
         most_unsaved = max(most_unsaved, len(bank._unsaved))
         time.sleep(pause_s)
         if (step + 1) % 30 == 0 and rank == 0:
-            saved.states[step + 1] = dict(bank.state_dict())
+            saved.save(
+                TrainState(
+                    step=step + 1,
+                    seed=0,
+                    manifest_digest="",
+                    method=dict(bank.state_dict(prefix="bank.")),
+                    optimizer={},
+                    config="",
+                    mlflow_run_id="",
+                )
+            )
     state = dict(bank.state_dict())
     distributed.any_rank(torch.tensor(False))  # a rank that has gone cannot write again what a shard loses now
     bank.close()
@@ -232,12 +229,12 @@ def moved_slots(steps: int) -> dict[str, Any]:
     return {"state": bank.state_dict(), "seen": torch.cat(seen)}
 
 
-def test_shards_of_a_bank_that_are_killed_again_and_again_lose_nothing(address: str) -> None:
+def test_shards_of_a_bank_that_are_killed_again_and_again_lose_nothing(address: str, tmp_path: Path) -> None:
     """kill -9 at any moment: before the first checkpoint, between two, and while the one before comes back."""
     dice, steps = random.Random(0), 200
     expected = gloo.run(2, moved_slots, steps)
     with serving(service_config(2), "bank"), ThreadPoolExecutor(1) as pool:
-        ranks = pool.submit(gloo.run, 2, as_rank, address, "bank", 2, partial(move_slots, steps, 0.02))
+        ranks = pool.submit(gloo.run, 2, as_rank, address, "bank", 2, partial(move_slots, steps, 0.02, str(tmp_path)))
         victims: set[int] = set()
         while not ranks.done() and len(victims) < 4:
             time.sleep(dice.uniform(0.1, 0.8))
@@ -282,8 +279,10 @@ def stop_a_shard(run_id: str) -> int:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["queue", "bank"])
-def test_a_shard_that_hangs_for_some_seconds_is_waited_for_and_nothing_is_lost(address: str, kind: str) -> None:
-    work = partial(write_steps, 100, 0.02, 0) if kind == "queue" else partial(move_slots, 100, 0.02)
+def test_a_shard_that_hangs_for_some_seconds_is_waited_for_and_nothing_is_lost(
+    address: str, kind: str, tmp_path: Path
+) -> None:
+    work = partial(write_steps, 100, 0.02, 0) if kind == "queue" else partial(move_slots, 100, 0.02, str(tmp_path))
     with serving(service_config(2), f"stopped-{kind}"), ThreadPoolExecutor(1) as pool:
         ranks = pool.submit(gloo.run, 2, as_rank, address, f"stopped-{kind}", 2, partial(impatient, 60.0, work))
         stopped = stop_a_shard(f"stopped-{kind}")
@@ -297,16 +296,17 @@ def test_a_shard_that_hangs_for_some_seconds_is_waited_for_and_nothing_is_lost(a
         assert torch.equal(ours["seen"], theirs["seen"])
 
 
-def told_of_a_hang(shards: RayShards) -> str:
+def told_of_a_hang(checkpoints_url: str, shards: RayShards) -> str:
     with pytest.raises(ServiceError) as caught:
-        move_slots(10**6, 0.02, shards)
+        move_slots(10**6, 0.02, checkpoints_url, shards)
     return str(caught.value)
 
 
 @pytest.mark.heavy
-def test_a_shard_that_hangs_for_good_ends_the_run_with_an_error(address: str) -> None:
+def test_a_shard_that_hangs_for_good_ends_the_run_with_an_error(address: str, tmp_path: Path) -> None:
     with serving(service_config(2), "hung"), ThreadPoolExecutor(1) as pool:
-        ranks = pool.submit(gloo.run, 2, as_rank, address, "hung", 2, partial(impatient, 4.0, told_of_a_hang))
+        work = partial(impatient, 4.0, partial(told_of_a_hang, str(tmp_path)))
+        ranks = pool.submit(gloo.run, 2, as_rank, address, "hung", 2, work)
         stopped = stop_a_shard("hung")
         began = time.monotonic()
         try:
