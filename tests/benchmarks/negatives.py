@@ -225,6 +225,9 @@ class Client:
     def __init__(self, rank: int, clients: int, num_shards: int) -> None:
         self._rank, self._count, self._num_shards = rank, BATCH // clients, num_shards
 
+    def ready(self) -> None:
+        """Answered when the process runs: 16 take a minute to start, and none should wait for another in a step."""
+
     def keys(self, lives: list[int], start: int, steps: int) -> float:
         """Seconds per step, each pushed, completed by the other clients, and pulled."""
         began = time.perf_counter()
@@ -263,6 +266,7 @@ class Client:
 def bench_growth(num_shards: int, num_clients: int, steps: int) -> dict[str, float]:
     """A step of 256 keys, and one of a bank of 65,536 slots, with so many clients and shards."""
     clients = [Client.remote(rank, num_clients, num_shards) for rank in range(num_clients)]
+    ray.get([client.ready.remote() for client in clients])
     with served(num_shards):
         _, lives = opened_queue(num_shards)
         ray.get([client.keys.remote(lives, 0, 3) for client in clients])
