@@ -1,4 +1,4 @@
-"""What the queue services of a cluster hold at this moment.
+"""What the services of queues and memory banks on a cluster hold at this moment.
 
     python -m jobs.queue status [--address HOST:PORT]
 
@@ -24,7 +24,7 @@ def main() -> None:
     with explained(), joined(arguments.address):
         queues = status()
     if not queues:
-        print("no run on this cluster serves a queue")
+        print("no run on this cluster serves negatives")
     for run_id, shards in queues.items():
         print(table(run_id, shards))
 
@@ -36,11 +36,9 @@ def table(run_id: str, shards: list[dict[str, Any]]) -> str:
         if not shard["open"]:
             lines.append(f"  {shard['name']}  not open: it is starting, or waits for the ranks to fill it again")
             continue
-        filled = min(shard["complete"] / shard["size"], 1)
         lines.append(
-            f"  {shard['name']}  queue {shard['size']} x {shard['dim']} {shard['dtype']}, {filled:.0%} full  "
-            f"step {shard['complete'] // shard['batch']} + {shard['steps_in_flight']} in flight  "
-            f"holds {shard['held_bytes'] / 2**20:.1f} MiB  took {shard['received_bytes'] / 2**20:.1f} MiB, "
+            f"  {shard['name']}  {shard['holds']}  step {shard['step']} + {shard['steps_in_flight']} in flight  "
+            f"takes {shard['held_bytes'] / 2**20:.1f} MiB  took {shard['received_bytes'] / 2**20:.1f} MiB, "
             f"{shard['duplicates']} duplicates  pid {shard['pid']} on {shard['node'][:8]}"
         )
     callers: list[dict[str, float]] = next((shard["callers"] for shard in shards if shard["open"]), [])

@@ -46,10 +46,11 @@ def backward_in_parts(
     """
     parts = list(zip(*(view.chunk(micro_batches) for view in batch.views), strict=True))
     devices = [batch.views[0].device] if batch.views[0].is_cuda else []
+    method.begin(batch.sample_ids)
     with torch.random.fork_rng(devices), torch.no_grad(), autocast:  # the second pass draws the same dropout masks
         embedded = [method.embed(list(part)) for part in parts]
     embeddings = [torch.cat(column).requires_grad_() for column in zip(*embedded, strict=True)]
-    method.observe(batch.sample_ids, *embeddings)
+    method.observe(*embeddings)
     with autocast:
         loss, metrics = method.loss(*embeddings)
     loss.backward()

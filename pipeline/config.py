@@ -173,19 +173,25 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
-    def _queue_holds_a_batch(self) -> Self:
+    def _negatives_fit(self) -> Self:
         batch, queue = self.train.global_batch_size, getattr(self.method, "queue_size", None)
         if queue is not None and queue < batch:
             raise ValueError(
                 f"method.queue_size={queue} does not hold the {batch} keys of a global batch; "
                 f"use method.queue_size >= {batch} or train.global_batch_size <= {queue}"
             )
-        if queue is None and self.negatives.backend == "service":
+        has_bank = hasattr(self.method, "bank_dtype")
+        if queue is None and not has_bank and self.negatives.backend == "service":
             raise ValueError(
-                f"negatives.backend=service serves a momentum queue, and method.name={self.method.name} has none; use "
-                "negatives.backend=local or method.name=moco_v2"
+                f"negatives.backend=service serves a momentum queue or a memory bank, and method.name="
+                f"{self.method.name} has neither; use negatives.backend=local, or method.name=moco_v2 or npid"
             )
         stale = self.negatives.max_staleness
+        if has_bank and stale:
+            raise ValueError(
+                f"negatives.max_staleness={stale} is for queues: a slot that is read is always that of the last step; "
+                "use negatives.max_staleness=0"
+            )
         if queue is not None and queue < (stale + 1) * batch:
             raise ValueError(
                 f"method.queue_size={queue} is less than the {stale + 1} global batches of {batch} keys that a replica "

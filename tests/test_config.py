@@ -88,6 +88,14 @@ def test_every_shipped_config_is_valid() -> None:
             ["method={name: moco_v2, queue_size: 500, mochi: {hardest: 501}}"],
             ["hardest=501", "queue_size=500"],
         ),
+        (
+            ["method={name: npid, num_samples: 100}", "negatives={backend: service, max_staleness: 1}"],
+            ["max_staleness=1 is for queues", "max_staleness=0"],
+        ),
+        (
+            ["method={name: npid, num_samples: 100, hard_negatives: 100}"],
+            ["hard_negatives=100", "num_samples - 1 = 99"],
+        ),
         (["negatives.max_staleness=1"], ["max_staleness", "negatives.backend=service"]),
         (
             [

@@ -17,13 +17,14 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipeline.checkpoint import CheckpointStore
 from pipeline.cluster.inbox import Inbox, Report, WorkerFailure
 from pipeline.cluster.shards import RayShards, serving
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.methods.base import Method
-from pipeline.negatives.service import queue_service
+from pipeline.negatives.service import negatives_service
 from pipeline.runs import Run
 from pipeline.stages import evaluate_and_export
 from pipeline.train import fit
@@ -94,11 +95,12 @@ def _train_worker(job: dict[str, Any]) -> None:
     config, inbox = job["config"], job["inbox"]
     manifest = Manifest.load(job["manifest_url"])
     try:
-        with _negatives(config, job["shards"]) as serve_negatives:
+        checkpoints = Run(config, manifest.digest).checkpoints
+        with _negatives(config, job["shards"], checkpoints) as serve_negatives:
             fit(
                 config,
                 manifest,
-                Run(config, manifest.digest).checkpoints,
+                checkpoints,
                 device=ray.train.torch.get_device(),
                 report=lambda progress: inbox.put.remote(progress),
                 serve_negatives=serve_negatives,
@@ -110,13 +112,16 @@ def _train_worker(job: dict[str, Any]) -> None:
         raise
 
 
-def _negatives(config: Config, shards: list[ActorHandle]) -> AbstractContextManager[Callable[[Method], None] | None]:
+def _negatives(
+    config: Config, shards: list[ActorHandle], checkpoints: CheckpointStore
+) -> AbstractContextManager[Callable[[Method], None] | None]:
     if config.negatives.backend == "local":
         return nullcontext()
-    return queue_service(
+    return negatives_service(
         RayShards(shards),
         batch=config.train.global_batch_size,
         max_staleness=config.negatives.max_staleness,
+        checkpoints=checkpoints,
     )
 
 

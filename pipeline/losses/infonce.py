@@ -4,13 +4,13 @@ Because keys are constants, the query's gradient is a weighted mean of keys, and
 the loss and the gradient: no (B, K) matrix, no copy of the queue, nothing to recompute. All embeddings have length 1.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.losses.corrections import corrected
 from pipeline.losses.precision import compute_dtype
 
 
@@ -31,36 +31,22 @@ def info_nce(
         query: (B, D); positive: (B, D), row i belongs to query i, no gradient; negatives: (K, D), the queue.
             A bf16 queue makes the products bf16 on an accelerator and is widened block by block on the CPU.
         sample_ids: of the queries (B,) and of the negatives (K,); a key of the query's own sample is then no negative.
-        positive_prior: tau+, the share of negatives that are positives in truth, whose part is subtracted
-            (Chuang et al. 2020, arXiv:2007.00224, equation 8); in [0, 1).
-        hardness: beta >= 0 weighs each negative by e^{beta q.n/T} (Robinson et al. 2021, arXiv:2010.04592, equation
-            4; the released code, like here, multiplies the logit that has T in it).
+        positive_prior, hardness: see ``corrected``.
         synthetic: (B, M, D), more negatives for each query, its own; the two corrections above leave them alone.
     """
     own = (query * positive.detach()).sum(1) / temperature  # (B,)
-    others = log_sum_exp_similarity(query, negatives, temperature, sample_ids)
-    if hardness:
-        # N * sum(e^l * e^{beta l}) / sum(e^{beta l}): the weighted sum is itself a ratio of sums of exponentials
-        hard = log_sum_exp_similarity(query, negatives, temperature / (1 + hardness), sample_ids)
-        weights = log_sum_exp_similarity(query, negatives, temperature / hardness, sample_ids)
-        others = hard - weights + _counts(negatives, sample_ids).log()
-    if positive_prior:
-        others = _debiased(own, others, _counts(negatives, sample_ids), temperature, positive_prior)
+    others = corrected(
+        own,
+        lambda t: log_sum_exp_similarity(query, negatives, t, sample_ids),
+        _counts(negatives, sample_ids),
+        temperature,
+        positive_prior=positive_prior,
+        hardness=hardness,
+    )
     if synthetic is not None:
         more = torch.einsum("bd,bmd->bm", query, synthetic.to(query.dtype)) / temperature
         others = torch.logaddexp(others, more.logsumexp(1))
     return (torch.logaddexp(own, others.to(own.dtype)) - own).mean()
-
-
-def _debiased(own: Tensor, others: Tensor, counts: Tensor, temperature: float, positive_prior: float) -> Tensor:
-    """log max((e^others - tau+ N e^own) / (1 - tau+), N e^{-1/T}), each (B,).
-
-    Relative to the largest logit, 1/T, so that nothing overflows; in float64, so that the floor, e^{-2/T}, is no 0.
-    """
-    largest = 1 / temperature
-    own, others = own.double() - largest, others.double() - largest
-    debiased = (others.exp() - positive_prior * counts * own.exp()) / (1 - positive_prior)
-    return debiased.clamp(min=counts * math.exp(-2 * largest)).log() + largest
 
 
 def _counts(negatives: Tensor, sample_ids: tuple[Tensor, Tensor] | None) -> Tensor:

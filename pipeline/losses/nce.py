@@ -11,18 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nce(own: Tensor, noise: Tensor, is_own: Tensor, log_z: Tensor, num_samples: int) -> Tensor:
+def nce(
+    own: Tensor, noise: Tensor, is_own: Tensor, log_z: Tensor, num_samples: int, *, hard: Tensor | None = None
+) -> Tensor:
     """The mean over queries of -log h(own) - sum log(1 - h(noise)), with h = P / (P + M/N), M noise slots a query.
 
     Args:
         own: (B,) logits q.m_i / T against the query's own slot; noise: (B, M), against the drawn ones.
         is_own: (B, M), True where the draw hit the query's own slot, which then is no noise.
         log_z: scalar, of ``log_normalizer``.
+        hard: (B, k), against slots that were chosen, not drawn: each is one more term like the noise's, so the optimum
+            is no longer that of the probability.
     """
     log_noise = math.log(noise.shape[1] / num_samples)  # of M x the uniform probability
     is_data = F.logsigmoid(own - log_z - log_noise)
     is_noise = F.logsigmoid(-(noise - log_z - log_noise)).masked_fill(is_own, 0)
-    return -(is_data + is_noise.sum(1)).mean()
+    losses = is_data + is_noise.sum(1)
+    if hard is not None:
+        losses = losses + F.logsigmoid(-(hard - log_z - log_noise)).sum(1)
+    return -losses.mean()
 
 
 def chance(num_noise: int) -> float:

@@ -67,13 +67,17 @@ class Method(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, metrics) of this rank's batch."""
+        self.begin(batch.sample_ids)
         embeddings = self.embed(batch.views)
-        self.observe(batch.sample_ids, *embeddings)
+        self.observe(*embeddings)
         return self.loss(*embeddings)
 
-    def observe(self, sample_ids: Tensor, first: Tensor, second: Tensor | None = None, *_: Tensor) -> None:
-        """Note what a step is about, before its loss. A method of one view is compared with itself."""
+    def begin(self, sample_ids: Tensor) -> None:
+        """Note which samples (B,) a step is about, before they are embedded."""
         self.sample_ids = sample_ids
+
+    def observe(self, first: Tensor, second: Tensor | None = None, *_: Tensor) -> None:
+        """Note the embeddings of a step, before its loss. A method of one view is compared with itself."""
         self.observed = first.detach(), (first if second is None else second).detach()
 
     def gauges(self) -> dict[str, float]:

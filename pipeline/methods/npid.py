@@ -5,15 +5,16 @@ embedding, and the normaliser Z estimated from the first batch and kept. With se
 slot, which moves towards their mean; the paper has one.
 
 Deviations: one draw of noise serves the whole global batch instead of one per query, which reads 2 MiB of the bank in
-a step of 256 instead of 512; a query's own slot is never its noise; the learning rate falls with a cosine.
+a step of 256 instead of 512; a query's own slot is never its noise; the learning rate falls with a cosine. With
+``hard_negatives`` the slots most similar to a query are told from its own too, an option the paper does not have.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline import distributed
@@ -23,6 +24,7 @@ from pipeline.losses.precision import full_precision
 from pipeline.methods.base import Method, MethodConfig
 from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.negatives.bank import MemoryBank
+from pipeline.negatives.base import Slots
 
 normalize = full_precision(F.normalize)
 
@@ -36,8 +38,18 @@ class NPIDConfig(MethodConfig):
     temperature: float = Field(default=0.07, gt=0)
     projection_dim: int = Field(default=128, ge=1)
     num_negatives: int = Field(default=4096, ge=1)
+    hard_negatives: int = Field(default=0, ge=0)  # the slots most similar to each query, as noise besides the drawn
     bank_momentum: float = Field(default=0.5, ge=0, lt=1)
     bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _hard_ones_are_of_others(self) -> Self:
+        if self.hard_negatives >= self.num_samples:
+            raise ValueError(
+                f"method.hard_negatives={self.hard_negatives} slots of other samples are more than there are; use at "
+                f"most method.num_samples - 1 = {self.num_samples - 1}"
+            )
+        return self
 
     def check(self, model: BackboneConfig) -> None:
         """Any number of views will do, and any model."""
@@ -51,11 +63,17 @@ class NPID(Method):
 
     def __init__(self, backbone: Backbone, config: NPIDConfig) -> None:
         super().__init__(backbone, config)
-        self.temperature, self.num_negatives = config.temperature, config.num_negatives
+        self.temperature = config.temperature
+        self.num_negatives, self.hard_negatives = config.num_negatives, config.hard_negatives
         self.bank_momentum = config.bank_momentum
         self.projection_head = nn.Linear(backbone.feature_dim, config.projection_dim)
-        self.bank = MemoryBank(config.num_samples, config.projection_dim, getattr(torch, config.bank_dtype))
+        self.bank: Slots = MemoryBank(config.num_samples, config.projection_dim, getattr(torch, config.bank_dtype))
         self.register_buffer("log_z", torch.zeros(()))  # set at the first step
+
+    def begin(self, sample_ids: Tensor) -> None:
+        """Ask for the slots: a served bank fetches them while the views are embedded."""
+        super().begin(sample_ids)
+        self.bank.expect(sample_ids, self.num_negatives)
 
     def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         """One embedding per view, of length 1."""
@@ -63,20 +81,36 @@ class NPID(Method):
 
     def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """NCE of each view against the old slots; the slots of the batch then move."""
-        ids = self.bank.draw(self.num_negatives)
-        is_own = self.sample_ids[:, None] == ids[None]
-        slots, noise_slots = self.bank.read(self.sample_ids), self.bank.read(ids)
+        slots, noise_ids, noise_slots = self.bank.read()
+        is_own = self.sample_ids[:, None] == noise_ids[None]
+        target = self.slot_target(embeddings).detach()
         with torch.autocast(embeddings[0].device.type, enabled=False):
             logits = [((f * slots).sum(1) / self.temperature, f @ noise_slots.T / self.temperature) for f in embeddings]
-        num_samples = len(self.bank.slots)
+            hard_logits = self._hard_logits(embeddings, target)
+        num_samples = self.bank.num_samples
         if self.bank.steps == 0:
             total, count = distributed.all_reduce_sum(
                 torch.stack([torch.stack(log_normalizer(own, noise, is_own)) for own, noise in logits]).sum(0)
             )
             self.log_z.copy_((total / count).log() + math.log(num_samples))
-        loss = self.combine(torch.stack([nce(own, noise, is_own, self.log_z, num_samples) for own, noise in logits]))
-        self.bank.update(self.sample_ids, self.slot_target(embeddings).detach(), self.bank_momentum)
+        losses = [
+            nce(own, noise, is_own, self.log_z, num_samples, hard=hard)
+            for (own, noise), hard in zip(logits, hard_logits, strict=True)
+        ]
+        loss = self.combine(torch.stack(losses))
+        self.bank.update(target, self.bank_momentum)
         return loss, {"loss_vs_chance": loss.detach() / chance(self.num_negatives)}
+
+    def _hard_logits(self, embeddings: tuple[Tensor, ...], target: Tensor) -> list[Tensor | None]:
+        """(B, hard_negatives) of each view, against the slots most similar to where the sample's own one moves."""
+        if not self.hard_negatives:
+            return [None for _ in embeddings]
+        slots = self.bank.hardest(target, self.hard_negatives)
+        return [torch.einsum("bd,bkd->bk", f, slots) / self.temperature for f in embeddings]
+
+    def gauges(self) -> dict[str, float]:
+        """The bank's."""
+        return self.bank.gauges()
 
     def combine(self, losses: Tensor) -> Tensor:
         """(views,) -> scalar."""

@@ -24,6 +24,8 @@ class SimCLRConfig(MethodConfig):
     name: Literal["simclr"] = "simclr"
     views: tuple[View, ...] = RECIPES["simclr"]
     temperature: float = Field(default=0.1, gt=0)
+    positive_prior: float = Field(default=0.0, ge=0, lt=1)  # tau+ of the debiased loss (Chuang et al. 2020)
+    hardness: float = Field(default=0.0, ge=0)  # beta of hard negatives (Robinson et al. 2021), as a share of 1/T
     projection_layers: int = Field(default=2, ge=1)  # 3 in SimCLR v2
     projection_dim: int = Field(default=128, ge=1)
     projection_bn: bool = True  # False: a head without BatchNorm, for train.micro_batches with a ViT
@@ -38,6 +40,7 @@ class SimCLR(Method):
     def __init__(self, backbone: Backbone, config: SimCLRConfig) -> None:
         super().__init__(backbone, config)
         self.temperature = config.temperature
+        self.positive_prior, self.hardness = config.positive_prior, config.hardness
         hidden = config.projection_hidden_dim or backbone.feature_dim
         widths = [backbone.feature_dim, *[hidden] * (config.projection_layers - 1), config.projection_dim]
         self.projection_head = mlp(
@@ -51,7 +54,7 @@ class SimCLR(Method):
     def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent, and its share of what guessing among the 2N - 1 others would cost."""
         z1, z2 = embeddings
-        loss = ntxent(z1, z2, self.temperature)
+        loss = ntxent(z1, z2, self.temperature, positive_prior=self.positive_prior, hardness=self.hardness)
         return loss, {"loss_vs_chance": loss.detach() / math.log(2 * len(z1) * distributed.world_size() - 1)}
 
 

@@ -1,5 +1,6 @@
-"""NT-Xent against the paper's equation in float64, against lightly, across ranks, and within its memory."""
+"""NT-Xent against the paper's equation in float64, HCL's release, lightly, across ranks, and within its memory."""
 
+import math
 import subprocess
 import sys
 
@@ -32,6 +33,49 @@ def _oracle(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         positive = z[i] @ z[(i + n) % (2 * n)] / temperature
         losses.append(torch.logsumexp(logits, 0) - positive)
     return torch.stack(losses).mean()
+
+
+def _corrected_oracle(z1: Tensor, z2: Tensor, temperature: float, positive_prior: float, hardness: float) -> Tensor:
+    """The criterion of HCL's release, with its mask of negatives, anchor by anchor."""
+    n = len(z1)
+    z = [row / row.norm() for row in torch.cat([z1, z2])]
+    losses = []
+    for i in range(2 * n):
+        other_view = (i + n) % (2 * n)
+        neg = torch.stack([torch.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k not in (i, other_view)])
+        pos = torch.exp(z[i] @ z[other_view] / temperature)
+        imp = (hardness * neg.log()).exp()
+        reweighted = (imp * neg).sum() / imp.mean()
+        count = 2 * n - 2
+        ng = ((-positive_prior * count * pos + reweighted) / (1 - positive_prior)).clamp(
+            min=count * math.exp(-1 / temperature)
+        )
+        losses.append(-torch.log(pos / (pos + ng)))
+    return torch.stack(losses).mean()
+
+
+CORRECTIONS = [(0.0, 1.0), (0.1, 0.0), (0.02, 0.5), (0.6, 2.0)]  # at 0.6 the floor holds for some anchors
+
+
+@pytest.mark.parametrize(("positive_prior", "hardness"), CORRECTIONS)
+@pytest.mark.parametrize("tile", [5, 512])
+def test_debiased_and_hard_losses_equal_the_release_of_hcl(
+    monkeypatch: pytest.MonkeyPatch, positive_prior: float, hardness: float, tile: int
+) -> None:
+    monkeypatch.setattr(module, "CPU_TILE", tile)
+    z1, z2 = (z.requires_grad_() for z in _pairs(8, noise=2))
+    loss = ntxent(z1, z2, 0.3, positive_prior=positive_prior, hardness=hardness)
+    actual = _loss_and_gradients(loss, z1, z2)
+    expected = _loss_and_gradients(_corrected_oracle(z1, z2, 0.3, positive_prior, hardness), z1, z2)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+def test_the_corrected_loss_is_finite_in_float32_at_small_temperatures() -> None:
+    z1, z2 = (z.requires_grad_() for z in _pairs(40, 16, torch.float32))
+    loss, *gradients = _loss_and_gradients(ntxent(z1, z2, 0.03, positive_prior=0.1, hardness=1.0), z1, z2)
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def _loss_and_gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -95,19 +139,22 @@ def test_equals_lightly() -> None:
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
 
 
-def _on_rank(tile: int) -> tuple[Tensor, Tensor, Tensor]:
+def _on_rank(tile: int, settings: dict[str, float]) -> tuple[Tensor, Tensor, Tensor]:
     rank, world = distributed.rank(), distributed.world_size()
     module.CPU_TILE = tile
     z1, z2 = (z.chunk(world)[rank].clone().requires_grad_() for z in _pairs(8))
-    loss, g1, g2 = _loss_and_gradients(ntxent(z1, z2, 0.1), z1, z2)
+    loss, g1, g2 = _loss_and_gradients(ntxent(z1, z2, 0.1, **settings), z1, z2)
     return loss, g1 / world, g2 / world  # DistributedDataParallel's mean
 
 
 @pytest.mark.parametrize(("world", "tile"), [(2, 4), (2, 512), (4, 3)])
-def test_ranks_that_share_the_tiles_equal_one_process(world: int, tile: int) -> None:
+@pytest.mark.parametrize(("positive_prior", "hardness"), [(0.0, 0.0), (0.002, 0.5)])
+def test_ranks_that_share_the_tiles_equal_one_process(
+    world: int, tile: int, positive_prior: float, hardness: float
+) -> None:
     z1, z2 = (z.requires_grad_() for z in _pairs(8))
-    loss, g1, g2 = _loss_and_gradients(_oracle(z1, z2, 0.1), z1, z2)
-    results = gloo.run(world, _on_rank, tile)
+    loss, g1, g2 = _loss_and_gradients(_corrected_oracle(z1, z2, 0.1, positive_prior, hardness), z1, z2)
+    results = gloo.run(world, _on_rank, tile, {"positive_prior": positive_prior, "hardness": hardness})
     for rank_loss, _, _ in results:
         torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.cat([g for _, g, _ in results]), g1, rtol=1e-10, atol=1e-14)

@@ -86,7 +86,11 @@ def train(
         "weights": {n: p.detach() for n, p in method.named_parameters() if p.requires_grad},
         "BN statistics": {n: b for n, b in method.named_buffers() if "running" in n},
         "momentum encoder": {n: p for n, p in method.named_parameters() if n.startswith("momentum_")},
-        "negatives": {n: b for n, b in method.state_dict().items() if n.startswith(("queue.", "bank."))},
+        "negatives": {
+            name: value
+            for name, value in method.state_dict().items()
+            if name.startswith(("queue.", "bank.")) and not name.endswith("_extra_state")  # a seed of 62 bits
+        },
     }
     return {group: tensors for group, tensors in groups.items() if tensors}
 

@@ -180,8 +180,9 @@ def test_moco_leaves_out_keys_of_its_own_images_where_asked() -> None:
 
 def test_npid_compares_with_the_old_slots_estimates_z_once_and_then_moves_the_slots() -> None:
     method, other = (small_method("npid").double() for _ in range(2))
-    old, ids = other.bank.slots.clone(), torch.arange(16)
-    drawn = other.bank.draw(30)
+    old, ids = other.bank.state_dict()["slots"].clone(), torch.arange(16)
+    other.bank.expect(ids, 30)
+    _, drawn, _ = other.bank.read()
     loss, metrics = method(batch(0, torch.float64))
     embeddings = other.embed(batch(0, torch.float64).views)
     own = torch.stack([(f * old[ids]).sum(1) / 0.07 for f in embeddings])  # (views, B)
@@ -203,6 +204,22 @@ def test_npid_compares_with_the_old_slots_estimates_z_once_and_then_moves_the_sl
     assert metrics["loss_vs_chance"] > 0
 
 
+def test_the_hardest_slots_of_other_samples_are_more_noise_for_npid() -> None:
+    plain, hard = (small_method("npid", hard_negatives=count).double() for count in (0, 49))
+    plain.load_state_dict(hard.state_dict())
+    views = batch(0, torch.float64).views
+    f = plain.embed(views)
+    old = plain.bank.state_dict()["slots"].clone()
+    (base, _), (loss, _) = plain(batch(0, torch.float64)), hard(batch(0, torch.float64))
+    more = 0.0
+    for row in range(16):  # all 49 other slots, one by one
+        for view in f:
+            p = torch.exp(old @ view[row] / 0.07 - plain.log_z)
+            terms = torch.log(1 - p / (p + 30 / 50))
+            more -= (terms.sum() - terms[row]) / 32
+    torch.testing.assert_close(loss, base + more)
+
+
 @pytest.mark.parametrize(("steps", "turns"), [(0, 1), (1, 2), (2, 3), (3, 1)])
 def test_pirl_weighs_the_rotated_view_against_the_plain_one_and_keeps_the_plain_one(steps: int, turns: int) -> None:
     method, other = (small_method("pirl", rotated_weight=0.3).double().eval() for _ in range(2))
@@ -212,7 +229,9 @@ def test_pirl_weighs_the_rotated_view_against_the_plain_one_and_keeps_the_plain_
     turned = torch.rot90(second, turns, dims=(2, 3))
     f = torch.nn.functional.normalize(other.projection_head(other.backbone(plain)), dim=1)
     g = torch.nn.functional.normalize(other.rotated_head(other.backbone(turned)), dim=1)
-    ids, drawn, slots = torch.arange(16), other.bank.draw(30), other.bank.slots.clone()
+    ids, slots = torch.arange(16), other.bank.state_dict()["slots"].clone()
+    other.bank.expect(ids, 30)
+    _, drawn, _ = other.bank.read()
     loss, _ = method(batch(0, torch.float64))
     assert (method.log_z == 2) == (steps > 0), "Z is estimated at the first step alone"
     is_own = ids[:, None] == drawn[None]

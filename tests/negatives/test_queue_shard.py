@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.negatives.shard import NotOpenError, QueueError, QueueShard, QueueSpec, Rows, own_numbers
+from pipeline.negatives.queue_shard import QueueShard, QueueSpec, Rows, own_numbers
+from pipeline.negatives.shard import NotOpenError, ServiceError
 
 
 def rows(spec: QueueSpec, start: int, stop: int, index: int) -> Rows:
@@ -21,7 +22,7 @@ def rows(spec: QueueSpec, start: int, stop: int, index: int) -> Rows:
 def opened(spec: QueueSpec, generation: int = 1, stop: int = 0) -> list[QueueShard]:
     shards = [QueueShard(index) for index in range(spec.num_shards)]
     for index, shard in enumerate(shards):
-        shard.open(generation, spec, rows(spec, stop - spec.size, stop, index))
+        shard.fill(generation, spec, rows(spec, stop - spec.size, stop, index))
     return shards
 
 
@@ -29,7 +30,7 @@ def held(shards: list[QueueShard], generation: int, start: int) -> list[int]:
     """The numbers of the keys that come back, in order; checks that keys and ids belong together."""
     found = []
     for shard in shards:
-        part = shard.since(generation, start)
+        part = shard.read(generation, start)
         numbers = part.keys.view(np.float32)[:, 0].astype(int)
         assert (part.sample_ids == numbers + 10**6).all()
         found += numbers.tolist()
@@ -86,7 +87,7 @@ def test_a_step_comes_out_when_its_last_rank_has_pushed() -> None:
 
 def test_memory_is_bounded_and_a_rank_that_runs_ahead_is_refused() -> None:
     shards = opened(SPEC)
-    with pytest.raises(QueueError, match=r"step 3 while step 0 is not complete; at most 3 steps"):
+    with pytest.raises(ServiceError, match=r"step 3 while step 0 is not complete; at most 3 steps"):
         shards[0].push(1, rows(SPEC, 12, 16, 0))
     assert sum(shard._keys.shape[0] for shard in shards) <= SPEC.size + 3 * SPEC.batch + SPEC.num_shards
 
@@ -94,7 +95,9 @@ def test_memory_is_bounded_and_a_rank_that_runs_ahead_is_refused() -> None:
 @pytest.mark.parametrize("wrong", [replace(SPEC, dim=5), replace(SPEC, num_shards=1)])
 def test_rows_of_another_shape_are_refused_and_nothing_is_taken(wrong: QueueSpec) -> None:
     shards = opened(SPEC)
-    with pytest.raises(QueueError, match=r"keys 0 to 3 came as \d rows of \d+ bytes; .* 2 rows of 12 .* 3 numbers in"):
+    with pytest.raises(
+        ServiceError, match=r"keys 0 to 3 came as \d rows of \d+ bytes; .* 2 rows of 12 .* 3 numbers in"
+    ):
         shards[0].push(1, rows(wrong, 0, 4, 0))
     assert shards[0].complete == 0
     shards[0].push(1, rows(SPEC, 0, 4, 0))
@@ -103,9 +106,9 @@ def test_rows_of_another_shape_are_refused_and_nothing_is_taken(wrong: QueueSpec
 
 def test_a_rank_with_another_queue_is_refused() -> None:
     (shard, *_) = opened(SPEC)
-    shard.open(1, SPEC, None)
-    with pytest.raises(QueueError, match=r"opened for .*dtype='float32'.*this rank has .*dtype='bfloat16'"):
-        shard.open(1, replace(SPEC, dtype="bfloat16"), None)
+    shard.open(1, SPEC)
+    with pytest.raises(ServiceError, match=r"opened for .*dtype='float32'.*this rank has .*dtype='bfloat16'"):
+        shard.open(1, replace(SPEC, dtype="bfloat16"))
 
 
 def test_a_newer_worker_group_takes_over_and_the_old_one_is_refused() -> None:
@@ -115,23 +118,23 @@ def test_a_newer_worker_group_takes_over_and_the_old_one_is_refused() -> None:
         shard.push(5, rows(SPEC, 4, 6, index))  # half a step, which dies with its group
         with pytest.raises(NotOpenError):
             shard.push(6, rows(SPEC, 0, 4, index))
-        shard.open(6, SPEC, rows(SPEC, -10, 0, index))
-        shard.open(6, SPEC, rows(SPEC, -6, 4, index))  # a repeated call
-        with pytest.raises(QueueError, match="another worker group"):
+        shard.fill(6, SPEC, rows(SPEC, -10, 0, index))
+        shard.fill(6, SPEC, rows(SPEC, -6, 4, index))  # a repeated call
+        with pytest.raises(ServiceError, match="another worker group"):
             shard.push(5, rows(SPEC, 4, 8, index))
-        with pytest.raises(QueueError, match="another worker group"):
-            shard.since(5, 0)
+        with pytest.raises(ServiceError, match="another worker group"):
+            shard.read(5, 0)
         shard.push(6, rows(SPEC, 0, 4, index))
         shard.push(6, rows(SPEC, 6, 8, index))
     assert held(shards, 6, 0) == [0, 1, 2, 3]
 
 
 def test_a_queue_saved_for_another_batch_is_refused() -> None:
-    with pytest.raises(QueueError, match=r"after 6 keys, .* steps of 4; resume with the train.global_batch_size"):
+    with pytest.raises(ServiceError, match=r"after 6 keys, .* steps of 4; resume with the train.global_batch_size"):
         opened(SPEC, stop=6)
 
 
 def test_a_rank_that_lags_more_than_the_queue_is_told() -> None:
     shards = opened(replace(SPEC, num_shards=1), stop=40)
-    with pytest.raises(QueueError, match=r"below 20 only, and the queue holds those from 30"):
-        shards[0].since(1, 20)
+    with pytest.raises(ServiceError, match=r"below 20 only, and the queue holds those from 30"):
+        shards[0].read(1, 20)
