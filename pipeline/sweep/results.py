@@ -1,0 +1,177 @@
+"""What a sweep found: every run with its scores by epoch, kept as JSON in ``<storage.url>/sweeps/<sweep id>/``.
+
+A *trial* is a configuration (a value for each searched key); it has one *run* per seed. Trials are ranked by the mean
+over their seeds of the kNN accuracy on the selection split after the last epoch, never by the loss: its scale moves
+with the temperature.
+"""
+
+import statistics
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline import storage
+
+Status = Literal[
+    "running",
+    "finished",  # all epochs
+    "stopped",  # by the scheduler, before the last epoch
+    "collapsed",  # CollapseError
+    "diverged",  # NonFiniteLossError
+    "failed",  # anything else
+]
+Value = bool | int | float | str | None | list["Value"] | dict[str, "Value"]  # what a dotted key is set to
+Scale = Literal["categories", "linear", "log", "one_minus_log"]  # one_minus_log: the axis shows 1 - value, in logs
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EpochScore(_Record):
+    """One run after an epoch."""
+
+    epoch: int  # epochs done: 1 after the first
+    knn: float  # accuracy in [0, 1] on the selection split
+    loss: float  # of training
+
+
+class Segment(_Record):
+    """A stretch of a PBT run under one set of values."""
+
+    run_id: str
+    first_epoch: int  # epochs done when it began
+    values: dict[str, Value]
+    parent: str | None = None  # the run whose weights it began with, if another one's
+
+
+class RunResult(_Record):
+    """One training run: a trial under one seed."""
+
+    trial: str  # t000, t001 ...
+    seed: int
+    values: dict[str, Value]  # dotted key -> value, of every searched key that is active; overrides of the base
+    status: Status = "running"
+    reason: str = ""  # why it collapsed, diverged or failed
+    scores: tuple[EpochScore, ...] = ()  # ascending epochs, without gaps
+    run_id: str = ""  # of its folder <storage.url>/runs/<run id>
+    mlflow_run_id: str = ""  # the child of the sweep's
+    seconds: float = 0.0  # of wall time, the start of its workers included, over all sessions
+    lineage: tuple[Segment, ...] = ()  # PBT only, oldest first
+
+
+class TrialResult(_Record):
+    """A trial over its seeds, at the last epoch that all of them have reached."""
+
+    trial: str
+    values: dict[str, Value]
+    status: Status  # "finished" if all seeds are, else the first other one
+    runs: tuple[RunResult, ...]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that all seeds have done; 0 before the first."""
+        return min(len(run.scores) for run in self.runs)
+
+    @property
+    def knn(self) -> float | None:
+        """Mean kNN accuracy over the seeds at ``epoch``."""
+        return statistics.fmean(self._at(self.epoch)) if self.epoch else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation (n - 1) over the seeds; None with one seed."""
+        return statistics.stdev(self._at(self.epoch)) if self.epoch and len(self.runs) > 1 else None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss over the seeds at ``epoch``."""
+        return statistics.fmean(run.scores[self.epoch - 1].loss for run in self.runs) if self.epoch else None
+
+    def knn_at(self, epoch: int) -> float | None:
+        """Mean kNN accuracy over the seeds after ``epoch`` epochs; None if they have not come that far."""
+        return statistics.fmean(self._at(epoch)) if 1 <= epoch <= self.epoch else None
+
+    def _at(self, epoch: int) -> list[float]:
+        return [run.scores[epoch - 1].knn for run in self.runs]
+
+
+class SearchedKey(_Record):
+    """An axis of the space."""
+
+    key: str
+    scale: Scale
+
+
+class Final(_Record):
+    """The best trial's run, evaluated on the validation split, which chose nothing."""
+
+    trial: str
+    seed: int  # of the run that is registered: the seed with the highest selection score
+    run_id: str
+    selection_knn: float  # of this run
+    validation_knn: float
+    validation_linear: float | None
+    model_uri: str  # in the registry
+    version: str
+
+
+class SweepResults(_Record):
+    """``results.json``."""
+
+    sweep_id: str
+    base: str  # YAML of the resolved base config, the sweep's ``set`` included
+    epochs: int  # of a full run
+    keys: tuple[SearchedKey, ...]
+    split: str  # that the scores are of
+    mlflow_run_id: str = ""  # the parent of the runs'
+    tracking_uri: str = ""
+    runs: tuple[RunResult, ...] = ()
+    final: Final | None = None
+
+    def trials(self) -> list[TrialResult]:
+        """All trials: finished ones first, the best first (ties: the smaller spread, then the earlier trial)."""
+        by_trial: dict[str, list[RunResult]] = {}
+        for run in self.runs:
+            by_trial.setdefault(run.trial, []).append(run)
+        found = [
+            TrialResult(
+                trial=trial,
+                values=runs[0].values,
+                status=next((run.status for run in runs if run.status != "finished"), "finished"),
+                runs=tuple(sorted(runs, key=lambda run: run.seed)),
+            )
+            for trial, runs in by_trial.items()
+        ]
+        order: dict[Status, int] = {
+            "finished": 0,
+            "running": 1,
+            "stopped": 1,
+            "collapsed": 2,
+            "diverged": 2,
+            "failed": 2,
+        }
+        return sorted(
+            found,
+            key=lambda t: (order[t.status], -t.epoch, -(t.knn or 0.0), t.spread or 0.0, t.trial),
+        )
+
+    def best(self) -> TrialResult | None:
+        """The finished trial with the highest mean score; None if none has finished."""
+        return next((trial for trial in self.trials() if trial.status == "finished"), None)
+
+
+class SweepFolder:
+    """``<storage.url>/sweeps/<sweep id>/``."""
+
+    def __init__(self, storage_url: str, sweep_id: str) -> None:
+        self.url = storage.join(storage_url, "sweeps", sweep_id)
+
+    def results(self) -> SweepResults | None:
+        """``results.json``, if the sweep was begun before."""
+        url = storage.join(self.url, "results.json")
+        return SweepResults.model_validate_json(storage.read_bytes(url)) if storage.exists(url) else None
+
+    def save(self, results: SweepResults) -> None:
+        """Write ``results.json``, atomically."""
+        storage.write_bytes(storage.join(self.url, "results.json"), results.model_dump_json(indent=1).encode())
