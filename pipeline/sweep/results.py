@@ -8,7 +8,7 @@ with the temperature.
 import statistics
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from pipeline import storage
 
@@ -20,7 +20,6 @@ Status = Literal[
     "diverged",  # NonFiniteLossError
     "failed",  # anything else
 ]
-Value = bool | int | float | str | None | list["Value"] | dict[str, "Value"]  # what a dotted key is set to
 Scale = Literal["categories", "linear", "log", "one_minus_log"]  # one_minus_log: the axis shows 1 - value, in logs
 
 
@@ -41,7 +40,7 @@ class Segment(_Record):
 
     run_id: str
     first_epoch: int  # epochs done when it began
-    values: dict[str, Value]
+    values: dict[str, JsonValue]
     parent: str | None = None  # the run whose weights it began with, if another one's
 
 
@@ -50,7 +49,7 @@ class RunResult(_Record):
 
     trial: str  # t000, t001 ...
     seed: int
-    values: dict[str, Value]  # dotted key -> value, of every searched key that is active; overrides of the base
+    values: dict[str, JsonValue]  # dotted key -> value, of every searched key that is active; overrides of the base
     status: Status = "running"
     reason: str = ""  # why it collapsed, diverged or failed
     scores: tuple[EpochScore, ...] = ()  # ascending epochs, without gaps
@@ -64,7 +63,7 @@ class TrialResult(_Record):
     """A trial over its seeds, at the last epoch that all of them have reached."""
 
     trial: str
-    values: dict[str, Value]
+    values: dict[str, JsonValue]
     status: Status  # "finished" if all seeds are, else the first other one
     runs: tuple[RunResult, ...]
 
@@ -143,18 +142,8 @@ class SweepResults(_Record):
             )
             for trial, runs in by_trial.items()
         ]
-        order: dict[Status, int] = {
-            "finished": 0,
-            "running": 1,
-            "stopped": 1,
-            "collapsed": 2,
-            "diverged": 2,
-            "failed": 2,
-        }
-        return sorted(
-            found,
-            key=lambda t: (order[t.status], -t.epoch, -(t.knn or 0.0), t.spread or 0.0, t.trial),
-        )
+        rank = {"finished": 0, "running": 1, "stopped": 1}  # what failed comes last
+        return sorted(found, key=lambda t: (rank.get(t.status, 2), -t.epoch, -(t.knn or 0.0), t.spread or 0.0, t.trial))
 
     def best(self) -> TrialResult | None:
         """The finished trial with the highest mean score; None if none has finished."""
