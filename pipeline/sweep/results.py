@@ -52,7 +52,7 @@ class RunResult(_Record):
     values: dict[str, JsonValue]  # dotted key -> value, of every searched key that is active; overrides of the base
     status: Status = "running"
     reason: str = ""  # why it collapsed, diverged or failed
-    scores: tuple[EpochScore, ...] = ()  # ascending epochs, without gaps
+    scores: tuple[EpochScore, ...] = ()  # ascending epochs: every one, or as evaluate.selection.every_epochs says
     run_id: str = ""  # of its folder <storage.url>/runs/<run id>
     mlflow_run_id: str = ""  # the child of the sweep's
     seconds: float = 0.0  # of wall time, the start of its workers included, over all sessions
@@ -64,35 +64,38 @@ class TrialResult(_Record):
 
     trial: str
     values: dict[str, JsonValue]
-    status: Status  # "finished" if all seeds are, else the first other one
+    status: Status  # "finished" if all seeds are, else that of the first seed that is not
     runs: tuple[RunResult, ...]
 
     @property
     def epoch(self) -> int:
-        """Epochs that all seeds have done; 0 before the first."""
-        return min(len(run.scores) for run in self.runs)
+        """The last epoch that all seeds have a score of; 0 before the first."""
+        return max(set.intersection(*({score.epoch for score in run.scores} for run in self.runs)), default=0)
 
     @property
     def knn(self) -> float | None:
         """Mean kNN accuracy over the seeds at ``epoch``."""
-        return statistics.fmean(self._at(self.epoch)) if self.epoch else None
+        return self.knn_at(self.epoch)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation (n - 1) over the seeds; None with one seed."""
-        return statistics.stdev(self._at(self.epoch)) if self.epoch and len(self.runs) > 1 else None
+        """Standard deviation (n - 1) over the seeds at ``epoch``; None with one seed."""
+        scores = self._at(self.epoch)
+        return statistics.stdev(score.knn for score in scores) if len(scores) > 1 else None
 
     @property
     def loss(self) -> float | None:
         """Mean training loss over the seeds at ``epoch``."""
-        return statistics.fmean(run.scores[self.epoch - 1].loss for run in self.runs) if self.epoch else None
+        scores = self._at(self.epoch)
+        return statistics.fmean(score.loss for score in scores) if scores else None
 
     def knn_at(self, epoch: int) -> float | None:
-        """Mean kNN accuracy over the seeds after ``epoch`` epochs; None if they have not come that far."""
-        return statistics.fmean(self._at(epoch)) if 1 <= epoch <= self.epoch else None
+        """Mean kNN accuracy over the seeds after ``epoch`` epochs; None unless all of them have a score of it."""
+        scores = self._at(epoch)
+        return statistics.fmean(score.knn for score in scores) if len(scores) == len(self.runs) else None
 
-    def _at(self, epoch: int) -> list[float]:
-        return [run.scores[epoch - 1].knn for run in self.runs]
+    def _at(self, epoch: int) -> list[EpochScore]:
+        return [score for run in self.runs for score in run.scores if score.epoch == epoch]
 
 
 class SearchedKey(_Record):
