@@ -1,0 +1,476 @@
+"""The typed configuration of a sweep: a base config, the keys to search, how to search, when to stop a trial.
+
+::
+
+    base: ../pretrain/moco_v2-resnet50-224.yaml  # relative to this file; a list of files is merged from left to right
+    set: {train.epochs: 100}                     # overrides of the base, for all trials
+    space:
+      method.temperature: {log_uniform: [0.05, 1.0]}
+      method.ema_decay: {one_minus_log_uniform: [0.9, 0.9999]}
+    searcher: tpe
+    scheduler: {name: asha, grace_epochs: 10}
+    trials: 24
+
+Any key that changes the weights can be searched. Everything is checked against the base before a cluster starts: both
+ends of each range, each choice, and for grid and random every trial. The values of trial i depend on (seed, i) alone.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from pipeline.config import Config, ConfigError, load_config, override
+from pipeline.errors import UserError
+from pipeline.sweep.results import Scale, SearchedKey
+
+Values = dict[str, JsonValue]  # dotted key -> value: one configuration
+Choose = Callable[[str, "Entry"], float]  # a coordinate for a key: see Entry.value
+
+_KINDS = ("grid", "choice", "uniform", "log_uniform", "one_minus_log_uniform", "scale_one_minus")
+_DIGITS = 4  # significant ones of a drawn number: enough to tell trials apart, few enough to read
+
+
+class SweepError(UserError):
+    """The sweep cannot run as written; the message names the key, the value, the rule and values that work."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Entry(_Section):
+    """The values that one key may take: exactly one of the kinds, and when it applies.
+
+    ``scale_one_minus`` is for a decay m whose 1 - m is to grow with another key, usually the batch size (BYOL,
+    arXiv:2006.07733): ``{scale_one_minus: 0.004, with: train.global_batch_size, at: 4096}`` is 1 - 0.004 * B / 4096.
+    """
+
+    grid: tuple[JsonValue, ...] | None = None  # values in order
+    choice: tuple[JsonValue, ...] | None = None  # values without an order
+    uniform: tuple[float, float] | None = None
+    log_uniform: tuple[float, float] | None = None
+    one_minus_log_uniform: tuple[float, float] | None = None  # 0.9 to 0.9999: 1 - value is log-uniform
+    scale_one_minus: float | tuple[float, float] | None = None  # 1 - value at ``at``; a pair is searched, log-uniform
+    with_key: str | None = Field(default=None, alias="with")
+    at: float | None = Field(default=None, gt=0)
+    when: dict[str, JsonValue] = Field(default_factory=dict)  # only where these keys have this value, or one of a list
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"{' and '.join(kinds) or 'nothing'} given; give exactly one of {', '.join(_KINDS)}")
+        if self.listed is not None:
+            texts = [json.dumps(value) for value in self.listed]
+            if not texts or len(set(texts)) < len(texts):
+                raise ValueError(f"{kinds[0]} needs one or more different values, not [{', '.join(texts)}]")
+        elif self.bounds is not None:
+            low, high = self.bounds
+            if not low < high < math.inf:
+                raise ValueError(
+                    f"{kinds[0]}={list(self._pair)} is empty; the first of two numbers must be the smaller"
+                )
+            if self.is_log and low <= 0:
+                rule = "both below 1" if self.one_minus_log_uniform else "both above 0"
+                raise ValueError(f"{kinds[0]}={list(self._pair)} has no logarithm; it needs two numbers, {rule}")
+        coupled = self.scale_one_minus is not None
+        if coupled != (self.with_key is not None) or coupled != (self.at is not None):
+            raise ValueError(
+                "scale_one_minus, with and at belong together, e.g. {scale_one_minus: 0.004, with: "
+                "train.global_batch_size, at: 4096}"
+            )
+        return self
+
+    @property
+    def listed(self) -> tuple[JsonValue, ...] | None:
+        """The values of a grid or a choice."""
+        return self.grid if self.grid is not None else self.choice
+
+    @property
+    def _pair(self) -> tuple[float, float]:
+        pair = self.uniform or self.log_uniform or self.one_minus_log_uniform or self.scale_one_minus
+        return pair if isinstance(pair, tuple) else (0.0, 0.0)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Between which coordinates it is searched; None for listed and fixed ones."""
+        if self.one_minus_log_uniform is not None:
+            low, high = self.one_minus_log_uniform
+            return _rounded(1 - high), _rounded(1 - low)
+        if self.listed is not None or isinstance(self.scale_one_minus, float):
+            return None
+        return self._pair
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the coordinate is searched by its logarithm."""
+        return self.uniform is None and self.bounds is not None
+
+    @property
+    def scale(self) -> Scale:
+        """Of a plot's axis."""
+        if self.one_minus_log_uniform is not None or self.scale_one_minus is not None:
+            return "one_minus_log"
+        if self.log_uniform is not None:
+            return "log"
+        return "categories" if self.listed is not None else "linear"
+
+    def quantile(self, share: float) -> float:
+        """The coordinate below which ``share`` of the space lies, 0 <= share < 1."""
+        if self.listed is not None:
+            return int(share * len(self.listed))
+        if self.bounds is None:
+            return 0.0
+        low, high = self.bounds
+        return _rounded(low * (high / low) ** share if self.is_log else low + (high - low) * share)
+
+    def ends(self) -> list[float]:
+        """The coordinates that are checked: every listed value, both ends of a range."""
+        return [float(i) for i in range(len(self.listed))] if self.listed is not None else list(self.bounds or [0.0])
+
+    def value(self, coordinate: float, driver: JsonValue = None) -> JsonValue:
+        """What the key is set to at a coordinate: an index into a list, a number, or 1 - the value.
+
+        ``driver``: what the key ``with`` has. SweepError if the result is no decay.
+        """
+        if self.listed is not None:
+            return self.listed[int(coordinate)]
+        if self.scale_one_minus is None:
+            return round(1 - coordinate, 12) if self.one_minus_log_uniform is not None else coordinate
+        if isinstance(driver, bool) or not isinstance(driver, int | float):
+            raise SweepError(f"with={self.with_key} must name a number, and it is {driver!r}")
+        reference = self.scale_one_minus if isinstance(self.scale_one_minus, float) else coordinate
+        scaled = reference * driver / (self.at or 1)
+        if not 0 <= scaled <= 1:
+            raise SweepError(
+                f"scale_one_minus={reference:g} becomes {scaled:g} at {self.with_key}={driver}, and "
+                f"1 - {scaled:g} is no decay; use a scale of at most {reference / scaled:.3g}"
+            )
+        return round(1 - scaled, 12)
+
+    def coordinate(self, value: JsonValue) -> float:
+        """The inverse of ``value``, for a range without coupling."""
+        assert isinstance(value, int | float), f"{value!r} is of no range"
+        return _rounded(1 - value) if self.one_minus_log_uniform is not None else float(value)
+
+
+class NoScheduler(_Section):
+    """Every trial runs to its last epoch."""
+
+    name: Literal["none"] = "none"
+
+
+class Asha(_Section):
+    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934): at ``grace_epochs`` and at every
+    ``reduction``-fold of it a trial goes on if it is among the best 1/``reduction`` of those that came as far."""
+
+    name: Literal["asha"]
+    grace_epochs: int = Field(default=1, ge=1)
+    reduction: float = Field(default=3, gt=1)
+
+
+class Pbt(_Section):
+    """Population based training (Jaderberg et al. 2017, arXiv:1711.09846): every ``every_epochs`` a trial of the worst
+    ``quantile`` takes the weights of one of the best, and its values multiplied by 0.8 or 1.2, or drawn anew."""
+
+    name: Literal["pbt"]
+    every_epochs: int = Field(ge=1)
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
+    resample: float = Field(default=0.25, ge=0, le=1)  # how often a value is drawn anew
+
+
+class SweepConfig(_Section):
+    """One sweep."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,19}$")
+    base: tuple[str, ...]  # files of a pretraining config
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+    space: dict[str, Entry] = Field(min_length=1)
+    searcher: Literal["grid", "random", "tpe"] = "random"
+    scheduler: NoScheduler | Asha | Pbt = Field(default=NoScheduler(), discriminator="name")
+    trials: int | None = Field(default=None, ge=1)  # configurations; a grid has as many as it has
+    seeds: int = Field(default=1, ge=1)  # runs per configuration, which is ranked by their mean
+    seed: int = Field(default=0, ge=0)  # of what the searcher draws
+    max_concurrent: int | None = Field(default=None, ge=1)  # trials at a time; None: as many as the cluster holds
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_base_is_a_list(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("base"), str):
+            return {**data, "base": [data["base"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        ranges = [key for key, entry in self.space.items() if entry.bounds is not None]
+        if self.searcher == "grid":
+            if ranges:
+                raise ValueError(
+                    f"searcher=grid cannot enumerate the range of {ranges[0]}; list its values, e.g. {{grid: [0.1, "
+                    "0.2]}, or use searcher=random or tpe"
+                )
+            if self.trials is not None:
+                raise ValueError("searcher=grid tries every combination; leave out trials, or use searcher=random")
+        elif self.trials is None:
+            raise ValueError(f"searcher={self.searcher} needs to know how many configurations to try, e.g. trials: 16")
+        if self.scheduler.name == "pbt":
+            if self.searcher != "random" or self.seeds != 1 or not ranges:
+                raise ValueError(
+                    "scheduler=pbt perturbs the values of running trials: it needs searcher=random, seeds=1 and at "
+                    "least one range, e.g. method.temperature: {log_uniform: [0.05, 1]}"
+                )
+            if coupled := [key for key in ranges if self.space[key].scale_one_minus is not None]:
+                raise ValueError(
+                    f"scheduler=pbt cannot perturb {coupled[0]}, which follows another key; give its scale_one_minus as "
+                    "one number"
+                )
+            if self.trials is not None and self.trials < 2:
+                raise ValueError("scheduler=pbt needs a population; use trials >= 4")
+        return self
+
+    def sweep_id(self, base: Config, manifest_digest: str) -> str:
+        """``<name>-<hash>`` of what determines the results, so submitting the sweep again resumes it."""
+        determining = self.model_dump(
+            mode="json", include={"space", "searcher", "scheduler", "trials", "seeds", "seed"}, by_alias=True
+        )
+        determining["base"] = base.run_id(manifest_digest).rsplit("-", 1)[-1]
+        determining["selection"] = base.model_dump(mode="json")["evaluate"]["selection"]
+        text = json.dumps(determining, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def keys(self) -> tuple[SearchedKey, ...]:
+        """The axes."""
+        return tuple(SearchedKey(key=key, scale=entry.scale) for key, entry in self.space.items())
+
+    def resolve(self, base: Mapping[str, Any], choose: Choose) -> Values:
+        """The values of the keys that apply, in the order of the space; ``base`` is the base config as a mapping."""
+        values: Values = {}
+        for key, entry in self.space.items():
+            if all(_matches(_lookup(other, values, base), wanted) for other, wanted in entry.when.items()):
+                driver = _lookup(entry.with_key, values, base) if entry.with_key else None
+                values[key] = entry.value(choose(key, entry), driver)
+        return values
+
+    def configurations(self, base: Config) -> list[Values]:
+        """The values of every trial of searcher=grid or random, in order."""
+        plain = base.model_dump(mode="json")
+        if self.searcher == "grid":
+            found = [self.resolve(plain, lambda key, _, at=at: at[key]) for at in self._combinations()]  # type: ignore[misc]
+            return list({json.dumps(values): values for values in found}.values())  # conditions make some equal
+        return [self.draw(plain, trial) for trial in range(self.trials or 0)]
+
+    def draw(self, base: Mapping[str, Any], trial: int) -> Values:
+        """The random values of one trial."""
+        places = {key: place for place, key in enumerate(self.space)}
+
+        def choose(key: str, entry: Entry) -> float:
+            return entry.quantile(np.random.default_rng([self.seed, trial, places[key]]).random())
+
+        return self.resolve(base, choose)
+
+    def _combinations(self) -> Iterator[dict[str, float]]:
+        for coordinates in itertools.product(*(entry.ends() for entry in self.space.values())):
+            yield dict(zip(self.space, coordinates, strict=True))
+
+
+class Sweep(NamedTuple):
+    """A sweep that was checked, and the config that its trials vary."""
+
+    config: SweepConfig
+    base: Config
+
+    def trial_config(self, name: str, values: Values, seed: int) -> Config:
+        """The pretraining config of one run; ``name`` keeps the runs of different sweeps apart."""
+        return override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
+
+    def seeds(self) -> list[int]:
+        """The seed of each run of a trial."""
+        return [self.base.seed + i for i in range(self.config.seeds)]
+
+
+def load_sweep(path: str | Path, arguments: list[str] | None = None) -> Sweep:
+    """Read and check a sweep. An argument overrides the base as ``load_config`` takes it, or is ``sweep.key=value``.
+
+    SweepError or ConfigError on anything wrong.
+    """
+    arguments = arguments or []
+    values = _read(path)
+    for argument in arguments:
+        if argument.startswith("sweep."):
+            _set(values, *argument.removeprefix("sweep.").partition("=")[::2])
+    try:
+        config = SweepConfig.model_validate(values)
+    except ValidationError as error:
+        raise SweepError(_explain(error, str(path))) from error
+    files = [str(Path(path).parent / file) for file in config.base]
+    of_base = [argument for argument in arguments if not argument.startswith("sweep.")]
+    base = load_config(files[0], [*files[1:], *overrides(config.set), *of_base])
+    forced = ["train.on_collapse=stop"] + ([] if base.evaluate.selection else ["evaluate.selection={}"])
+    sweep = Sweep(config, override(base, forced))
+    check(sweep)
+    return sweep
+
+
+def overrides(values: Mapping[str, JsonValue]) -> list[str]:
+    """``key=value`` as the command line takes them."""
+    return [f"{key}={_yaml(value)}" for key, value in values.items()]
+
+
+def check(sweep: Sweep) -> None:
+    """SweepError unless every value of the space makes a config that is valid and trains other weights."""
+    config, base = sweep
+    plain = base.model_dump(mode="json")
+    _check_epochs(config, base)
+    above: list[str] = []
+    for key, entry in config.space.items():
+        if key in ("name", "seed", "train.epochs"):
+            raise SweepError(
+                f"space.{key} cannot be searched: "
+                + ("trials are compared at the same epoch" if key == "train.epochs" else "use seeds: <runs per trial>")
+            )
+        for other in [*entry.when, *([entry.with_key] if entry.with_key else [])]:
+            if _lookup(other, dict.fromkeys(above), plain) is _MISSING:
+                raise SweepError(
+                    f"space.{key} refers to {other}, which is neither in the base config nor in the space above {key}"
+                )
+        _check_entry(sweep, plain, key, entry)
+        above.append(key)
+    if config.searcher != "tpe":
+        for number, values in enumerate(config.configurations(base)):
+            try:
+                override(base, overrides(values))
+            except ConfigError as error:
+                raise SweepError(f"trial t{number:03d} ({', '.join(overrides(values))}): {error}") from error
+
+
+def _check_epochs(config: SweepConfig, base: Config) -> None:
+    scheduler, epochs = config.scheduler, base.train.epochs
+    if isinstance(scheduler, Asha) and scheduler.grace_epochs >= epochs:
+        raise SweepError(
+            f"scheduler.grace_epochs={scheduler.grace_epochs} leaves ASHA nothing to stop in train.epochs={epochs}; "
+            f"use at most {max(epochs - 1, 1)}, or scheduler: {{name: none}}"
+        )
+    if isinstance(scheduler, Pbt) and scheduler.every_epochs >= epochs:
+        raise SweepError(
+            f"scheduler.every_epochs={scheduler.every_epochs} leaves PBT nothing to perturb in train.epochs={epochs}; "
+            f"use at most {max(epochs // 2, 1)}"
+        )
+    every = base.evaluate.selection.every_epochs if base.evaluate.selection else 1
+    first = getattr(scheduler, "grace_epochs", getattr(scheduler, "every_epochs", every))
+    if first % every:
+        raise SweepError(
+            f"evaluate.selection.every_epochs={every} gives scheduler.name={scheduler.name} no score at epoch {first}, "
+            "where it decides first; use every_epochs=1"
+        )
+
+
+def _check_entry(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry) -> None:
+    conditions = {other: wanted[0] if isinstance(wanted, list) else wanted for other, wanted in entry.when.items()}
+    run_ids = set()
+    for coordinate in entry.ends():
+        for driver in _drivers(sweep.config, plain, entry):
+            try:
+                given = conditions if entry.with_key is None else {**conditions, entry.with_key: driver}
+                value = entry.value(coordinate, driver)
+                candidate = override(sweep.base, overrides({**given, key: value}))
+            except UserError as error:
+                raise SweepError(f"space.{key}: {error}") from error
+            run_ids.add(candidate.run_id(""))
+    varied = len(entry.ends()) > 1
+    if varied and len(run_ids) == 1:
+        raise SweepError(
+            f"space.{key}: different values of {key} train the same weights, so there is nothing to search; keys that "
+            "do are those of model, method and optim, and of train the batch size, BatchNorm and precision"
+        )
+
+
+def _drivers(config: SweepConfig, plain: Mapping[str, Any], entry: Entry) -> list[JsonValue]:
+    """The values of the key that an entry is coupled to: the ends of its range, or what the base has."""
+    if entry.with_key is None:
+        return [None]
+    other = config.space.get(entry.with_key)
+    if other is None or other.with_key is not None:
+        value = _lookup(entry.with_key, {}, plain)
+        return [] if value is _MISSING else [value]
+    return [other.value(coordinate) for coordinate in other.ends()]
+
+
+_MISSING: Any = object()
+
+
+def _lookup(key: str, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
+    """What ``key`` is in a configuration: chosen, part of something chosen, or the base's; _MISSING if nowhere."""
+    parts = key.split(".")
+    for cut in range(len(parts), 0, -1):
+        if (chosen := ".".join(parts[:cut])) in values:
+            return _descend(values[chosen], parts[cut:])
+    return _descend(base, parts)
+
+
+def _descend(node: Any, parts: list[str]) -> Any:
+    for part in parts:
+        if isinstance(node, Mapping) and part in node:
+            node = node[part]
+        elif isinstance(node, list | tuple) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return _MISSING
+    return node
+
+
+def _matches(value: Any, wanted: JsonValue) -> bool:
+    return value in wanted if isinstance(wanted, list) else value == wanted
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.{_DIGITS}g}")
+
+
+def _yaml(value: JsonValue) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    """``sweep.trials=4``, ``sweep.scheduler.name=none``."""
+    section, _, rest = key.partition(".")
+    value = yaml.safe_load(text)
+    if rest:
+        values[section] = {**(values.get(section) or {}), rest: value}
+    else:
+        values[section] = value
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        shipped = ", ".join(str(p) for p in sorted(Path("configs/sweep").glob("*.yaml"))) or "none in ./configs/sweep"
+        raise SweepError(f"cannot read {path}: {error.strerror}; sweeps here: {shipped}") from error
+    except yaml.YAMLError as error:
+        raise SweepError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SweepError(f"{path} must hold a mapping with base and space, not {type(values).__name__}")
+    return {"name": Path(path).stem, **values}
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = [f"{origin} is not a sweep:"]
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            model = Entry if problem["loc"][0] == "space" else SweepConfig
+            names = [field.alias or name for name, field in model.model_fields.items()]
+            message = (
+                f"no such key; keys here: {', '.join(names)}" if problem["loc"][0] != "scheduler" else "no such key"
+            )
+        lines.append(f"  - {path}: {message}" if path else f"  - {message}")
+    return "\n".join(lines)
