@@ -53,6 +53,7 @@ class Run:
 
     def __init__(self, config: Config, manifest_digest: str) -> None:
         self.config = config
+        self.data_digest = manifest_digest
         self.id = config.run_id(manifest_digest)
         self.url = storage.join(config.storage.url, "runs", self.id)
         self.encoder_url = storage.join(self.url, "encoder")
@@ -69,11 +70,11 @@ class Run:
         if text is None:
             return None
         saved = RunReport.model_validate_json(text)
-        return saved if saved.config == self.config.evaluate else None
+        return saved if saved.config == self.config.evaluate.of_report() else None
 
     def save_report(self, report: EvaluationReport, quarantine: tuple[BadSample, ...]) -> None:
         """Mark the evaluation as complete."""
-        saved = RunReport(config=self.config.evaluate, report=report, quarantine=quarantine)
+        saved = RunReport(config=self.config.evaluate.of_report(), report=report, quarantine=quarantine)
         self._write("report.json", saved.model_dump_json(indent=1))
 
     @contextmanager

