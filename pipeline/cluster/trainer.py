@@ -16,12 +16,16 @@ import torch
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.util.placement_group import PlacementGroup
 
-from pipeline.cluster.inbox import Inbox, Report, WorkerFailure
+from pipeline.cluster.inbox import Ending, Inbox, Report, Started, WorkerFailure
 from pipeline.cluster.shards import RayShards, serving
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.errors import UserError
+from pipeline.errors import DeterministicError, UserError
 from pipeline.methods.base import Method
 from pipeline.negatives.service import queue_service
 from pipeline.runs import Run
@@ -35,14 +39,41 @@ class TrainingError(UserError):
     """The worker group failed more often than ``cluster.max_failures`` allows."""
 
 
-def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_report: Callable[[Report], None]) -> None:
+class HopelessError(UserError):
+    """All ranks raised a DeterministicError, which every restart would meet again."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind  # the error's class
+
+
+def pretrain(
+    config: Config,
+    manifest: Manifest,
+    *,
+    mlflow_run_id: str,
+    on_report: Callable[[Report], None],
+    on_start: Callable[[Started], None] | None = None,
+) -> None:
     """Train on the connected cluster until the last checkpoint is written.
 
-    ``on_report`` is called in a thread of the driver. TrainingError when ``cluster.max_failures`` restarts were not
-    enough; it names what each rank died of.
+    ``on_report`` is called in a thread of the driver, and so is ``on_start``: before a worker group is asked for, and
+    when one stands. TrainingError when ``cluster.max_failures`` restarts were not enough; it names what each rank died
+    of. HopelessError, without a restart, if the run collapsed or diverged.
     """
     inbox = Inbox()
     run_id = config.run_id(manifest.digest)
+    endings: list[Ending] = []
+
+    def forward(report: Any) -> None:
+        if isinstance(report, Ending):
+            endings.append(report)
+        elif isinstance(report, Started):
+            if on_start is not None:
+                on_start(report)
+        else:
+            on_report(report)
+
     with (
         serving(config.negatives, run_id) as shards,
         TemporaryDirectory(prefix="parallax-ray-") as scratch,  # Ray's bookkeeping; nothing of ours is in it
@@ -66,13 +97,32 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 name=run_id,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+                callbacks=[_Announce(inbox.actor)] if on_start is not None else [],
             ),
         )
         try:
-            with inbox.forwarding(on_report):
+            with inbox.forwarding(forward):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingError(explain(error, config.cluster.max_failures)) from error
+    if endings:
+        raise HopelessError(endings[0].reason, endings[0].kind)
+
+
+class _Announce(ControllerCallback, WorkerGroupCallback):
+    """Runs in the controller's process, and tells the driver of it and of its placement group."""
+
+    def __init__(self, inbox: ActorHandle) -> None:
+        self._inbox = inbox
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        self._announce(None)
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        self._announce(worker_group.get_worker_group_state().placement_group_handle.placement_group)
+
+    def _announce(self, placement_group: PlacementGroup | None) -> None:
+        self._inbox.put.remote(Started(ray.get_runtime_context().current_actor, placement_group))
 
 
 def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
@@ -104,6 +154,10 @@ def _train_worker(job: dict[str, Any]) -> None:
                 serve_negatives=serve_negatives,
                 mlflow_run_id=job["mlflow_run_id"],
             )
+    except DeterministicError as error:
+        # All ranks raise it at the same step. To Ray the run is then done; the driver learns why.
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(inbox.put.remote(Ending(type(error).__name__, str(error))))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         ray.get(inbox.put.remote(WorkerFailure(ray.train.get_context().get_world_rank(), reason)))

@@ -27,9 +27,11 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from pipeline.config import Config, ConfigError, load_config, override
+from pipeline.config import Config, ConfigError, dump, load_config, override
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.sweep.results import Scale, SearchedKey
+from pipeline.preflight import check_batch
+from pipeline.sweep.results import RunResult, Scale, SearchedKey, SweepResults
 
 Values = dict[str, JsonValue]  # dotted key -> value: one configuration
 Choose = Callable[[str, "Entry"], float]  # a coordinate for a key: see Entry.value
@@ -229,8 +231,8 @@ class SweepConfig(_Section):
                 )
             if coupled := [key for key in ranges if self.space[key].scale_one_minus is not None]:
                 raise ValueError(
-                    f"scheduler=pbt cannot perturb {coupled[0]}, which follows another key; give its scale_one_minus as "
-                    "one number"
+                    f"scheduler=pbt cannot perturb {coupled[0]}, which follows another key; give its scale_one_minus "
+                    "as one number"
                 )
             if self.trials is not None and self.trials < 2:
                 raise ValueError("scheduler=pbt needs a population; use trials >= 4")
@@ -249,6 +251,10 @@ class SweepConfig(_Section):
     def keys(self) -> tuple[SearchedKey, ...]:
         """The axes."""
         return tuple(SearchedKey(key=key, scale=entry.scale) for key, entry in self.space.items())
+
+    def first_rung(self) -> int | None:
+        """The epoch at which the scheduler decides first; None if it never does."""
+        return self.scheduler.grace_epochs if isinstance(self.scheduler, Asha) else None
 
     def resolve(self, base: Mapping[str, Any], choose: Choose) -> Values:
         """The values of the keys that apply, in the order of the space; ``base`` is the base config as a mapping."""
@@ -286,14 +292,48 @@ class Sweep(NamedTuple):
 
     config: SweepConfig
     base: Config
+    train_images: int = 0
+
+    def for_data(self, manifest: Manifest) -> "Sweep":
+        """The sweep over these shards; ConfigError if a trial's batch, or bank, does not fit them."""
+        sweep = self._replace(train_images=manifest.split("train").num_samples)
+        if self.config.searcher != "tpe":
+            for values in self.config.configurations(self.base):
+                check_batch(override(self.base, overrides(values)), manifest)
+        return sweep
+
+    def steps_per_epoch(self, config: Config) -> int:
+        """Of one of its runs."""
+        return self.train_images // config.train.global_batch_size
 
     def trial_config(self, name: str, values: Values, seed: int) -> Config:
         """The pretraining config of one run; ``name`` keeps the runs of different sweeps apart."""
-        return override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
+        config = override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
+        steps = self.steps_per_epoch(config)
+        derived = [f"train.diagnose_every_steps={min(config.train.diagnose_every_steps, steps)}"]
+        return override(config, derived)
+
+    def config_of(self, run: RunResult) -> Config:
+        """The config of a run that is known by its results."""
+        return self.trial_config(run.run_id.rpartition("-")[0], run.values, run.seed)
 
     def seeds(self) -> list[int]:
         """The seed of each run of a trial."""
         return [self.base.seed + i for i in range(self.config.seeds)]
+
+    def no_results(self, sweep_id: str) -> SweepResults:
+        """What is known before the first trial."""
+        selection = self.base.evaluate.selection
+        assert selection is not None, "load_sweep gives the base one"
+        return SweepResults(
+            sweep_id=sweep_id, base=dump(self.base), epochs=self.base.train.epochs, keys=self.config.keys(),
+            split=selection.split,
+        )  # fmt: skip
+
+    def flat(self) -> dict[str, str]:
+        """Dotted key -> value as text, for MLflow: the sweep's own keys and the base's."""
+        own = self.config.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"base", "set"})
+        return {f"sweep.{key}": json.dumps(value) for key, value in own.items()} | self.base.flat()
 
 
 def load_sweep(path: str | Path, arguments: list[str] | None = None) -> Sweep:
@@ -326,7 +366,7 @@ def overrides(values: Mapping[str, JsonValue]) -> list[str]:
 
 def check(sweep: Sweep) -> None:
     """SweepError unless every value of the space makes a config that is valid and trains other weights."""
-    config, base = sweep
+    config, base = sweep.config, sweep.base
     plain = base.model_dump(mode="json")
     _check_epochs(config, base)
     above: list[str] = []

@@ -109,7 +109,7 @@ class Final(_Record):
     """The best trial's run, evaluated on the validation split, which chose nothing."""
 
     trial: str
-    seed: int  # of the run that is registered: the seed with the highest selection score
+    seed: int  # of the run that is registered: the base's, since to choose among seeds would flatter again
     run_id: str
     selection_knn: float  # of this run
     validation_knn: float
@@ -166,4 +166,8 @@ class SweepFolder:
 
     def save(self, results: SweepResults) -> None:
         """Write ``results.json``, atomically."""
-        storage.write_bytes(storage.join(self.url, "results.json"), results.model_dump_json(indent=1).encode())
+        self.write("results.json", results.model_dump_json(indent=1).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write another file beside it."""
+        storage.write_bytes(storage.join(self.url, name), content)
