@@ -122,7 +122,11 @@ def run_sweep(
     job = _Job(sweep, sweep_id, manifest.url, inbox.actor)
     trainable = tune.with_resources(tune.with_parameters(_Trial, job=job), _DRIVER)
     # Tune's own loggers would write each result three times more, and its tables hide ours.
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": str(_SNAPSHOT_S)}
+    os.environ |= {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": str(_SNAPSHOT_S),
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     callback = _Bookkeeper(job, manifest.digest, ledger, groups)
     with inbox.forwarding(forward):

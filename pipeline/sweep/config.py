@@ -396,12 +396,12 @@ def _check_epochs(config: SweepConfig, base: Config) -> None:
     if isinstance(scheduler, Asha) and scheduler.grace_epochs >= epochs:
         raise SweepError(
             f"scheduler.grace_epochs={scheduler.grace_epochs} leaves ASHA nothing to stop in train.epochs={epochs}; "
-            f"use at most {max(epochs - 1, 1)}, or scheduler: {{name: none}}"
+            "use fewer, more epochs, or scheduler: {name: none}"
         )
     if isinstance(scheduler, Pbt) and scheduler.every_epochs >= epochs:
         raise SweepError(
             f"scheduler.every_epochs={scheduler.every_epochs} leaves PBT nothing to perturb in train.epochs={epochs}; "
-            f"use at most {max(epochs // 2, 1)}"
+            "use fewer, or more epochs"
         )
     every = base.evaluate.selection.every_epochs if base.evaluate.selection else 1
     first = getattr(scheduler, "grace_epochs", getattr(scheduler, "every_epochs", every))
