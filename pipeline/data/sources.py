@@ -94,7 +94,7 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
     if validation_share and not any(item.split == "validation" for item in items):
         items = [replace(i, split="validation") if _uniform(i.key) < validation_share else i for i in items]
     if hold_out:
-        items = _held_out(items, hold_out)
+        items = _held_out(_shuffled(items), hold_out)  # shuffled: two images of one key are refused, not parted
     return Source(_shuffled(items), source.class_names, source.read)
 
 

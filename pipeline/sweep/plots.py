@@ -128,30 +128,25 @@ def heat_map(results: SweepResults, x_key: str, y_key: str) -> bytes:
 def parallel_coordinates(results: SweepResults) -> bytes:
     """A line per trial across an axis per searched key, coloured by its mean kNN, which is the last axis.
 
-    PlotError without a score.
+    A line passes by the axes of keys that the trial does not have. PlotError without a score.
     """
-    names = short_names([key.key for key in results.keys])
-    trials = [trial for trial in results.trials() if all(key.key in trial.values for key in results.keys)]
+    trials = results.trials()
     colour, heights_of = _colour_range(trials), _range(trials)
-    axes_of = [
-        KeyAxis(key.key, names[key.key], key.scale, [trial.values[key.key] for trial in trials]) for key in results.keys
-    ]
+    axes_of = _axes(results, *(key.key for key in results.keys if any(key.key in trial.values for trial in trials)))
     figure = Figure(figsize=(max(8.0, 1.7 * (len(axes_of) + 1)), 4.6), layout="constrained")
     axes = figure.add_subplot()
     last = len(axes_of)
     for trial in reversed(trials):  # the best is drawn last, over the others
-        heights = [_share(axis, trial.values[axis.key]) for axis in axes_of]
+        places, heights = _line(trial, axes_of)
         if trial.status in _FAILED or trial.knn is None:
-            axes.plot(range(last), heights, color=_GREY, linewidth=1.2, linestyle=_DASHED)
-            axes.plot(last - 1, heights[-1], "x", color="0.25", markersize=7, markeredgewidth=1.8)
+            axes.plot(places, heights, color=_GREY, linewidth=1.2, linestyle=_DASHED)
+            axes.plot(places[-1], heights[-1], "x", color="0.25", markersize=7, markeredgewidth=1.8)
             continue
-        heights.append(heights_of.share(trial.knn))
+        places, heights = [*places, last], [*heights, heights_of.share(trial.knn)]
         style = _DOTTED if trial.status != "finished" else "-"
-        axes.plot(range(last + 1), heights, color=colour.of(trial.knn), linewidth=2.2, linestyle=style)
-    best = results.best()
-    if best is not None and best.knn is not None and best in trials:
-        heights = [*(_share(axis, best.values[axis.key]) for axis in axes_of), heights_of.share(best.knn)]
-        axes.plot(range(last + 1), heights, color="black", linewidth=5, zorder=1.9)
+        axes.plot(places, heights, color=colour.of(trial.knn), linewidth=2.2, linestyle=style)
+        if trial == results.best():
+            axes.plot(places, heights, color="black", linewidth=5, zorder=1.9)
     percents = _round_ticks(100 * heights_of.low, 100 * heights_of.high)
     score_ticks = [(heights_of.share(percent / 100), f"{text}%") for percent, text in percents]
     for place, ticks in enumerate([*([(_at(a, p), t) for p, t in a.ticks()] for a in axes_of), score_ticks]):
@@ -184,6 +179,12 @@ def _axes(results: SweepResults, *keys: str) -> list[KeyAxis]:
             raise PlotError(f"the sweep did not search {key!r}; keys with values: {', '.join(scales)}")
         axes.append(KeyAxis(key, names[key], scales[key], values))
     return axes
+
+
+def _line(trial: TrialResult, axes_of: Sequence[KeyAxis]) -> tuple[list[int], list[float]]:
+    """Which axes a trial meets, and where."""
+    met = [(place, axis) for place, axis in enumerate(axes_of) if axis.key in trial.values]
+    return [place for place, _ in met], [_at(axis, axis.place(trial.values[axis.key])) for _, axis in met]
 
 
 def _range(trials: Sequence[TrialResult]) -> _Range:
@@ -322,10 +323,6 @@ def _round_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """(number, text) of about five round numbers from ``low`` to ``high``."""
     numbers = map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
     return [(number, f"{number:.4g}") for number in numbers if low <= number <= high]
-
-
-def _share(axis: KeyAxis, value: JsonValue) -> float:
-    return _at(axis, axis.place(value))
 
 
 def _by_number(text: str) -> tuple[float, str]:

@@ -65,6 +65,12 @@ def test_parallel_coordinates_draw_every_trial_in_its_colour() -> None:
     assert all(count(image, share) > 500 for share in (0.0, 0.25, 0.5, 0.75, 1.0))
 
 
+def test_trials_without_some_keys_are_drawn_past_their_axes() -> None:
+    only_one = one_run(6, {TEMPERATURE: 0.1}, 0.86)
+    image = pixels(parallel_coordinates(sweep([*grid(), only_one], {**KEYS, "optim.lr": "log"})))
+    assert count(image, 1.0) > 500
+
+
 @pytest.mark.parametrize("epochs", [1, 9])
 def test_one_trial_can_be_drawn(epochs: int) -> None:
     results = sweep([one_run(0, {TEMPERATURE: 0.1, DECAY: 0.99}, 0.5, epochs=epochs, status="running")], KEYS)
