@@ -9,15 +9,18 @@ Tune keeps its state (which trials are done, the searcher, the scheduler) in ``<
 was killed is taken up again; each run resumes from its own checkpoint, and tells the scores of its folder again.
 """
 
+import functools
 import logging
 import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import optuna
 import ray
 from ray import tune
 from ray.actor import ActorHandle
@@ -25,6 +28,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 
 from pipeline import storage
 from pipeline.cluster.connection import ClusterError
@@ -35,7 +40,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.progress import Progress
 from pipeline.runs import Run
 from pipeline.selection import METRIC, read_scores
-from pipeline.sweep.config import Asha, Sweep
+from pipeline.sweep.config import Asha, Entry, Sweep, SweepConfig
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.results import Status
 
@@ -139,13 +144,23 @@ def _tuner(sweep: Sweep, trainable: Any, folder_url: str, concurrent: int, callb
         tuner = Tuner.restore(path, trainable, resume_errored=True)
         tuner._local_tuner.get_run_config().callbacks = [callback]
         return tuner
-    configurations = [
-        {"trial": f"t{number:03d}", "values": values}
-        for number, values in enumerate(sweep.config.configurations(sweep.base))
-    ]
+    search: dict[str, Any]
+    if sweep.config.searcher == "tpe":
+        search = {"search_alg": _tpe(sweep), "num_samples": sweep.config.trials}
+        space = None
+    else:
+        search = {}
+        space = {
+            "configuration": tune.grid_search(
+                [
+                    {"trial": _trial_name(number), "values": values}
+                    for number, values in enumerate(sweep.config.configurations(sweep.base))
+                ]
+            )
+        }
     return Tuner(
         trainable,
-        param_space={"configuration": tune.grid_search(configurations)},
+        param_space=space,
         tune_config=TuneConfig(
             metric=_SCORE,
             mode="max",
@@ -154,6 +169,7 @@ def _tuner(sweep: Sweep, trainable: Any, folder_url: str, concurrent: int, callb
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
+            **search,
         ),
         run_config=RunConfig(
             name="tune",
@@ -176,6 +192,38 @@ def _scheduler(sweep: Sweep) -> TrialScheduler:
             reduction_factor=scheduler.reduction,
         )
     return FIFOScheduler()
+
+
+def _tpe(sweep: Sweep) -> Searcher:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), over the keys that apply."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # group: for keys that do not always apply
+        sampler = optuna.samplers.TPESampler(seed=sweep.config.seed, multivariate=True, group=True)
+    suggest = functools.partial(_suggest, sweep.config, sweep.base.model_dump(mode="json"))
+    return OptunaSearch(suggest, metric=_SCORE, mode="max", sampler=sampler)
+
+
+def _suggest(config: SweepConfig, base: Mapping[str, Any], trial: optuna.Trial) -> dict[str, Any]:
+    """What Optuna's trial becomes for Tune. Listed values are suggested by their place, ranges as they are spaced."""
+
+    def choose(key: str, entry: Entry) -> float:
+        if entry.grid is not None:
+            return trial.suggest_int(key, 0, len(entry.grid) - 1)
+        if entry.choice is not None:
+            return int(trial.suggest_categorical(key, range(len(entry.choice))))
+        if entry.bounds is None:
+            return 0.0
+        return entry.rounded(trial.suggest_float(key, *entry.bounds, log=entry.is_log))
+
+    values = config.resolve(base, choose)
+    return {"configuration": {"trial": _trial_name(trial.number), "values": values}}
+
+
+def _trial_name(number: int) -> str:
+    return f"t{number:03d}"
 
 
 class _Trial(tune.Trainable):

@@ -132,7 +132,12 @@ class Entry(_Section):
         if self.bounds is None:
             return 0.0
         low, high = self.bounds
-        return _rounded(low * (high / low) ** share if self.is_log else low + (high - low) * share)
+        return self.rounded(low * (high / low) ** share if self.is_log else low + (high - low) * share)
+
+    def rounded(self, coordinate: float) -> float:
+        """To few digits, within the range."""
+        low, high = self.bounds or (coordinate, coordinate)
+        return min(max(_rounded(coordinate), low), high)
 
     def ends(self) -> list[float]:
         """The coordinates that are checked: every listed value, both ends of a range."""
