@@ -297,26 +297,25 @@ class Sweep(NamedTuple):
 
     config: SweepConfig
     base: Config
-    train_images: int = 0
+    train_images: int | None = None  # None until ``for_data``
 
     def for_data(self, manifest: Manifest) -> "Sweep":
         """The sweep over these shards; ConfigError if a trial's batch, or bank, does not fit them."""
-        sweep = self._replace(train_images=manifest.split("train").num_samples)
         if self.config.searcher != "tpe":
             for values in self.config.configurations(self.base):
                 check_batch(override(self.base, overrides(values)), manifest)
-        return sweep
+        sweep = self._replace(train_images=manifest.split("train").num_samples)
+        once_an_epoch = min(self.base.train.diagnose_every_steps, sweep.steps_per_epoch(self.base))
+        return sweep._replace(base=override(self.base, [f"train.diagnose_every_steps={once_an_epoch}"]))
 
     def steps_per_epoch(self, config: Config) -> int:
         """Of one of its runs."""
+        assert self.train_images is not None, "for_data says how many images there are"
         return self.train_images // config.train.global_batch_size
 
     def trial_config(self, name: str, values: Values, seed: int) -> Config:
         """The pretraining config of one run; ``name`` keeps the runs of different sweeps apart."""
-        config = override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
-        steps = self.steps_per_epoch(config)
-        derived = [f"train.diagnose_every_steps={min(config.train.diagnose_every_steps, steps)}"]
-        return override(config, derived)
+        return override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
 
     def config_of(self, run: RunResult) -> Config:
         """The config of a run that is known by its results."""
@@ -382,10 +381,10 @@ def check(sweep: Sweep) -> None:
                 + ("trials are compared at the same epoch" if key == "train.epochs" else "use seeds: <runs per trial>")
             )
         for other in [*entry.when, *([entry.with_key] if entry.with_key else [])]:
-            if _lookup(other, dict.fromkeys(above), plain) is _MISSING:
-                raise SweepError(
-                    f"space.{key} refers to {other}, which is neither in the base config nor in the space above {key}"
-                )
+            searched = [upper for upper in config.space if f"{other}.".startswith(f"{upper}.")]
+            if set(searched) - set(above) or (not searched and _lookup(other, {}, plain) is _MISSING):
+                where = f"below it; list {other} first" if searched else "neither in the space nor in the base config"
+                raise SweepError(f"space.{key} refers to {other}, which is {where}")
         _check_entry(sweep, plain, key, entry)
         above.append(key)
     if config.searcher != "tpe":
@@ -418,7 +417,9 @@ def _check_epochs(config: SweepConfig, base: Config) -> None:
 
 
 def _check_entry(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry) -> None:
-    conditions = {other: wanted[0] if isinstance(wanted, list) else wanted for other, wanted in entry.when.items()}
+    conditions: Values = {}
+    for other, wanted in entry.when.items():
+        conditions |= _where(sweep.config, plain, other, wanted)
     run_ids = set()
     for coordinate in entry.ends():
         for driver in _drivers(sweep.config, plain, entry):
@@ -435,6 +436,15 @@ def _check_entry(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry)
             f"space.{key}: different values of {key} train the same weights, so there is nothing to search; keys that "
             "do are those of model, method and optim, and of train the batch size, BatchNorm and precision"
         )
+
+
+def _where(config: SweepConfig, plain: Mapping[str, Any], other: str, wanted: JsonValue) -> Values:
+    """Values under which ``other`` is as ``wanted``: of a listed key around it, if there is one."""
+    for key, entry in config.space.items():
+        for value in entry.listed or ():
+            if other.startswith(f"{key}.") and _matches(_lookup(other, {key: value}, plain), wanted):
+                return {key: value}
+    return {other: wanted[0] if isinstance(wanted, list) else wanted}
 
 
 def _drivers(config: SweepConfig, plain: Mapping[str, Any], entry: Entry) -> list[JsonValue]:
