@@ -3,7 +3,8 @@
 ::
 
     config.yaml        the resolved config
-    checkpoints/       see checkpoint.py; beside them what did not go well (quarantine.json, non-finite-*.json)
+    checkpoints/       see checkpoint.py; beside them the scores by epoch (selection.json), and what did not go well
+                       (quarantine.json, non-finite-*.json)
     encoder/           model.pt2, model.safetensors, config.json, golden.npz, README.md
     report.json        the evaluation and the training images that could not be decoded; written after encoder/,
                        so it marks that stage as complete
@@ -59,6 +60,11 @@ class Run:
         self.encoder_url = storage.join(self.url, "encoder")
         self.report_url = storage.join(self.url, "report.json")
         self.checkpoints = CheckpointStore(storage.join(self.url, "checkpoints"), config.train.keep_checkpoints)
+
+    def checkpoints_of(self, run_id: str) -> CheckpointStore:
+        """Those of another run that lies beside this one."""
+        url = storage.join(self.config.storage.url, "runs", run_id, "checkpoints")
+        return CheckpointStore(url, self.config.train.keep_checkpoints)
 
     def save_config(self) -> None:
         """Write the resolved config beside the results."""

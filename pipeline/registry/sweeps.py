@@ -28,7 +28,7 @@ class SweepTracker:
     ) -> None:
         """``config_of``: what a run is trained with."""
         self._parent, self._sweep_id, self._config_of, self._manifest = parent, sweep_id, config_of, manifest
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[tuple[str, int], tuple[str, Tracker]] = {}  # (trial, seed) -> its run now
         self._lock = threading.Lock()  # reports come in another thread than the sweep's decisions
 
     def begin(self, run: RunResult) -> str:
@@ -38,7 +38,9 @@ class SweepTracker:
             PARENT_TAG: self._parent.mlflow_run_id,
             "parallax.sweep_id": self._sweep_id,
             "parallax.trial": run.trial,
+            **({"parallax.parent_run_id": run.lineage[-1].parent} if run.lineage and run.lineage[-1].parent else {}),
         }
+        self._close(run, "FINISHED")  # the PBT segment before this one, if there is one
         try:
             tracker = Tracker(config.tracking_uri, config.tracking.experiment, run.run_id, tags)
             tracker.log_config(config.flat())
@@ -47,21 +49,25 @@ class SweepTracker:
             _logger.warning("%s is not tracked: %s", run.run_id, error)
             return run.mlflow_run_id
         with self._lock:
-            self._open[run.run_id] = tracker
+            self._open[run.trial, run.seed] = run.run_id, tracker
         return tracker.mlflow_run_id
 
     def log(self, run_id: str, progress: Progress) -> None:
         """What a run reports."""
         with self._lock:
-            if run_id in self._open:
-                self._open[run_id].log(progress.step, progress.logged)
+            tracker = next((tracker for open_id, tracker in self._open.values() if open_id == run_id), None)
+            if tracker is not None:
+                tracker.log(progress.step, progress.logged)
 
     def end(self, run: RunResult) -> None:
         """Close the MLflow run of one that ended; those closed before stay closed."""
+        self._close(run, _ENDED.get(run.status, "FAILED"))
+
+    def _close(self, run: RunResult, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         with self._lock:
-            tracker = self._open.pop(run.run_id, None)
+            run_id, tracker = self._open.pop((run.trial, run.seed), ("", None))
         if tracker is not None:
             try:
-                tracker.finish(_ENDED.get(run.status, "FAILED"))
+                tracker.finish(status)
             except RegistryError as error:
-                _logger.warning("the MLflow run of %s stays open: %s", run.run_id, error)
+                _logger.warning("the MLflow run of %s stays open: %s", run_id, error)

@@ -315,7 +315,28 @@ class Sweep(NamedTuple):
 
     def trial_config(self, name: str, values: Values, seed: int) -> Config:
         """The pretraining config of one run; ``name`` keeps the runs of different sweeps apart."""
-        return override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
+        config = override(self.base, [*overrides(values), f"name={name}", f"seed={seed}"])
+        scheduler = self.config.scheduler
+        if not isinstance(scheduler, Pbt):
+            return config
+        # Every checkpoint that another trial may begin with is written, and none is dropped before the end.
+        steps = scheduler.every_epochs * self.steps_per_epoch(config)
+        keep = config.train.epochs // scheduler.every_epochs + 1
+        return override(config, [f"train.checkpoint_every_steps={steps}", f"train.keep_checkpoints={keep}"])
+
+    def perturbed(self, values: Values, random: np.random.Generator) -> Values:
+        """What PBT makes of a good trial's values: ranges x 0.8 or x 1.2 or drawn anew, the rest as it is."""
+        scheduler = self.config.scheduler
+        assert isinstance(scheduler, Pbt), "only PBT perturbs"
+
+        def choose(key: str, entry: Entry) -> float:
+            if entry.bounds is None and key in values:
+                return entry.listed.index(values[key]) if entry.listed is not None else 0.0
+            if key not in values or random.random() < scheduler.resample:
+                return entry.quantile(random.random())
+            return entry.rounded(entry.coordinate(values[key]) * random.choice([0.8, 1.2]))
+
+        return self.config.resolve(self.base.model_dump(mode="json"), choose)
 
     def config_of(self, run: RunResult) -> Config:
         """The config of a run that is known by its results."""

@@ -30,11 +30,22 @@ class Ledger:
         self._folder, self.results, self._open_run, self._on_change = folder, results, open_run, on_change
         self._since: dict[tuple[str, int], float] = {}
 
-    def begin(self, trial: str, values: Mapping[str, JsonValue], run_ids: Mapping[int, str]) -> None:
-        """A trial starts, or goes on; ``run_ids`` by seed."""
+    def begin(
+        self,
+        trial: str,
+        values: Mapping[str, JsonValue],
+        run_ids: Mapping[int, str],
+        segment: Segment | None = None,
+    ) -> None:
+        """A trial starts, or goes on; ``run_ids`` by seed. With PBT it may be in another ``segment`` than before."""
         for seed, run_id in run_ids.items():
             self._since[trial, seed] = time.monotonic()
             self._put(trial, seed, values=dict(values), run_id=run_id, status="running", reason="")
+            if segment is not None:
+                run = self._run(trial, seed)
+                lineage = [old for old in run.lineage if old.first_epoch < segment.first_epoch] + [segment]
+                scores = [score for score in run.scores if score.epoch <= segment.first_epoch]
+                self._put(trial, seed, lineage=tuple(lineage), scores=tuple(scores))
             self._put(trial, seed, mlflow_run_id=self._open_run(self._run(trial, seed)))
         self._commit()
 
@@ -43,16 +54,6 @@ class Ledger:
         for seed, (knn, loss) in by_seed.items():
             earlier = [score for score in self._run(trial, seed).scores if score.epoch < epoch]
             self._put(trial, seed, scores=(*earlier, EpochScore(epoch=epoch, knn=knn, loss=loss)))
-        self._commit()
-
-    def segment(self, trial: str, segment: Segment) -> None:
-        """A PBT trial begins a segment, unless it is one that it was in before."""
-        run = next(run for run in self.results.runs if run.trial == trial)
-        earlier = [old for old in run.lineage if old.first_epoch < segment.first_epoch]
-        self._put(
-            trial, run.seed, lineage=(*earlier, segment), values=dict(segment.values), run_id=segment.run_id,
-            scores=tuple(score for score in run.scores if score.epoch <= segment.first_epoch),
-        )  # fmt: skip
         self._commit()
 
     def end(self, trial: str, status: Status, reason: str = "") -> None:
