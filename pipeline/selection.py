@@ -83,11 +83,9 @@ class Selection:
         blocks, bad = self._encode(selection.split, asked, backbone, device)
         self._check(distributed.all_gather_items(bank_bad + bad), len(known) + len(asked))
 
-        no_ids, nothing = (
-            torch.empty(0, dtype=torch.int64),
-            torch.empty(0, backbone.feature_dim),
-        )  # of ranks without a pass
-        parts = [(no_ids.to(device), nothing.to(device)), *bank_blocks]
+        # a rank without a pass has nothing to concatenate but these
+        no_ids = torch.empty(0, dtype=torch.int64, device=device)
+        parts = [(no_ids, torch.empty(0, backbone.feature_dim, device=device)), *bank_blocks]
         bank_labels = self._labels(distributed.all_gather_ragged(torch.cat([ids for ids, _ in parts])))
         bank = distributed.all_gather_ragged(torch.cat([features for _, features in parts]))
         if not bank.isfinite().all():

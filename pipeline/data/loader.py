@@ -331,21 +331,26 @@ def read_blocks(
                 bad.append(BadSample(run.first + row, shard, str(error)))
         return bad
 
+    reading: deque[tuple[NDArray[np.int64], NDArray[np.uint8], list[Future[list[BadSample]]]]] = deque()
+
+    def finished() -> tuple[Tensor, Tensor, list[BadSample]]:
+        ids, planes, futures = reading.popleft()
+        bad = [sample for future in futures for sample in future.result()]
+        good = ~np.isin(ids, [sample.sample_id for sample in bad])
+        return torch.from_numpy(ids[good]), torch.from_numpy(planes[good]), bad
+
     with ThreadPoolExecutor(num_threads, thread_name_prefix="parallax-read") as threads:
-        reading: deque[tuple[NDArray[np.int64], NDArray[np.uint8], list[Future[list[BadSample]]]]] = deque()
         try:
-            for ids in [*blocks, None, None]:
-                if ids is not None:
-                    planes = np.empty((len(ids), 3, image_size, image_size), np.uint8)
-                    runs = _runs(samples, ids)
-                    ends = itertools.accumulate(run.count for run in runs)
-                    parts = [planes[end - run.count : end] for run, end in zip(runs, ends, strict=True)]
-                    reading.append((ids, planes, [threads.submit(read, *job) for job in zip(runs, parts, strict=True)]))
-                if len(reading) > 2 or (ids is None and reading):
-                    done, images, futures = reading.popleft()
-                    bad = [sample for future in futures for sample in future.result()]
-                    good = ~np.isin(done, [sample.sample_id for sample in bad])
-                    yield torch.from_numpy(done[good]), torch.from_numpy(images[good]), bad
+            for ids in blocks:
+                planes = np.empty((len(ids), 3, image_size, image_size), np.uint8)
+                runs = _runs(samples, ids)
+                ends = np.cumsum([run.count for run in runs])
+                parts = np.split(planes, ends[:-1])
+                reading.append((ids, planes, [threads.submit(read, *job) for job in zip(runs, parts, strict=True)]))
+                if len(reading) > 2:
+                    yield finished()
+            while reading:
+                yield finished()
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
 
