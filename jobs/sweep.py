@@ -177,7 +177,7 @@ def print_summary(sweep: Sweep, folder: SweepFolder, results: SweepResults, seco
 {results.sweep_id} is complete{f" after {seconds / 60:.1f} min" if seconds is not None else ""}
   best      {results.final.trial}: {storage.join(folder.url, "best.yaml")}
   encoder   models:/{registry.model_name}@{registry.alias}  (version {results.final.version})
-  pictures  {storage.join(folder.url, "heat-map.png")}
+  pictures  {folder.url}
   again     python -m jobs.pretrain {storage.join(folder.url, "best.yaml")} seed=1
 {"-" * 78}""")
 

@@ -84,6 +84,7 @@ def run_sweep(
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_GLOBAL_CHECKPOINT_S": str(_SNAPSHOT_S),
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would return from an interrupted sweep as if it were done
     }
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with inbox.forwarding(forward):
