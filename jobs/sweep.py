@@ -20,12 +20,13 @@ from pipeline.registry.sweeps import SweepTracker
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Run
 from pipeline.storage import probe_writable
-from pipeline.sweep.config import Sweep, SweepError, load_sweep, overrides
+from pipeline.sweep.config import Sweep, load_sweep, overrides
 from pipeline.sweep.display import SweepDisplay
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.plots import heat_map, parallel_coordinates
 from pipeline.sweep.report import best_config, summary
 from pipeline.sweep.results import Final, SweepFolder, SweepResults
+from pipeline.sweep.space import SweepError
 
 
 def main() -> None:

@@ -29,14 +29,6 @@ class WorkerFailure:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """Why all ranks gave the run up: no restart would mend it."""
-
-    kind: str  # class of the error
-    reason: str
-
-
-@dataclass(frozen=True)
 class Started:
     """What of Ray's belongs to a run."""
 

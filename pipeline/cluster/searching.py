@@ -14,8 +14,9 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.cluster.trial import EPOCH, SCORE
-from pipeline.sweep.config import Asha, Entry, Pbt, Sweep, SweepConfig
+from pipeline.sweep.config import Asha, Pbt, Sweep, SweepConfig
 from pipeline.sweep.results import SweepResults
+from pipeline.sweep.space import Entry
 
 
 def configuration(trial: int, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 
-from pipeline.cluster.announcer import Announcer
-from pipeline.cluster.inbox import Ending, Inbox, Report, Started, WorkerFailure
+from pipeline.cluster.controller import Announcer, GiveUpPolicy, hopeless
+from pipeline.cluster.inbox import Inbox, Report, Started, WorkerFailure
 from pipeline.cluster.shards import RayShards, serving
 from pipeline.config import Config, dump
 from pipeline.data.manifest import Manifest
@@ -41,7 +41,7 @@ class TrainingError(UserError):
 
 
 class HopelessError(UserError):
-    """All ranks raised a DeterministicError, which every restart would meet again."""
+    """A rank raised a DeterministicError, which every restart would meet again."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -64,12 +64,9 @@ def pretrain(
     """
     inbox = Inbox()
     run_id = config.run_id(manifest.digest)
-    endings: list[Ending] = []
 
     def forward(report: Any) -> None:
-        if isinstance(report, Ending):
-            endings.append(report)
-        elif isinstance(report, Started):
+        if isinstance(report, Started):
             if on_start is not None:
                 on_start(report)
         else:
@@ -105,18 +102,24 @@ def pretrain(
             with inbox.forwarding(forward):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if (cause := hopeless(error)) is not None:
+                raise HopelessError(str(cause), type(cause).__name__) from error
             raise TrainingError(explain(error, config.cluster.max_failures)) from error
-    if endings:
-        raise HopelessError(endings[0].reason, endings[0].kind)
 
 
 class _Trainer(TorchTrainer):
-    """Without two callbacks of Ray's that cost an actor each, 3 s of a core per run: our workers have no Ray Datasets,
-    and placement groups end with their driver or are removed by the sweep's, without a dashboard."""
+    """Gives up where a restart is in vain, and leaves out two callbacks that cost an actor each, 3 s of a core per run.
+
+    Our workers have no Ray Datasets; placement groups end with their driver, or the sweep's removes them.
+    """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        policy = GiveUpPolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
 
 def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
@@ -148,10 +151,8 @@ def _train_worker(job: dict[str, Any]) -> None:
                 serve_negatives=serve_negatives,
                 mlflow_run_id=job["mlflow_run_id"],
             )
-    except DeterministicError as error:
-        # All ranks raise it at the same step. To Ray the run is then done; the driver learns why.
-        if ray.train.get_context().get_world_rank() == 0:
-            ray.get(inbox.put.remote(Ending(type(error).__name__, str(error))))
+    except DeterministicError:
+        raise  # the group does not restart: the driver tells why
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         ray.get(inbox.put.remote(WorkerFailure(ray.train.get_context().get_world_rank(), reason)))

@@ -31,142 +31,15 @@ from pipeline.config import Config, ConfigError, dump, load_config, override
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch
-from pipeline.sweep.results import RunResult, Scale, SearchedKey, SweepResults
+from pipeline.sweep.results import RunResult, SearchedKey, SweepResults
+from pipeline.sweep.space import MISSING, Entry, SweepError, lookup, matches
 
 Values = dict[str, JsonValue]  # dotted key -> value: one configuration
-Choose = Callable[[str, "Entry"], float]  # a coordinate for a key: see Entry.value
-
-_KINDS = ("grid", "choice", "uniform", "log_uniform", "one_minus_log_uniform", "scale_one_minus")
-_DIGITS = 4  # significant ones of a drawn number: enough to tell trials apart, few enough to read
-
-
-class SweepError(UserError):
-    """The sweep cannot run as written; the message names the key, the value, the rule and values that work."""
+Choose = Callable[[str, Entry], float]  # a coordinate for a key: see space.py
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Entry(_Section):
-    """The values that one key may take: exactly one of the kinds, and when it applies.
-
-    ``scale_one_minus`` is for a decay m whose 1 - m is to grow with another key, usually the batch size (BYOL,
-    arXiv:2006.07733): ``{scale_one_minus: 0.004, with: train.global_batch_size, at: 4096}`` is 1 - 0.004 * B / 4096.
-    """
-
-    grid: tuple[JsonValue, ...] | None = None  # values in order
-    choice: tuple[JsonValue, ...] | None = None  # values without an order
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
-    one_minus_log_uniform: tuple[float, float] | None = None  # 0.9 to 0.9999: 1 - value is log-uniform
-    scale_one_minus: float | tuple[float, float] | None = None  # 1 - value at ``at``; a pair is searched, log-uniform
-    with_key: str | None = Field(default=None, alias="with")
-    at: float | None = Field(default=None, gt=0)
-    when: dict[str, JsonValue] = Field(default_factory=dict)  # only where these keys have this value, or one of a list
-
-    @model_validator(mode="after")
-    def _is_one_kind(self) -> Self:
-        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
-        if len(kinds) != 1:
-            raise ValueError(f"{' and '.join(kinds) or 'nothing'} given; give exactly one of {', '.join(_KINDS)}")
-        if self.listed is not None:
-            texts = [json.dumps(value) for value in self.listed]
-            if not texts or len(set(texts)) < len(texts):
-                raise ValueError(f"{kinds[0]} needs one or more different values, not [{', '.join(texts)}]")
-        elif self.bounds is not None:
-            low, high = self.bounds
-            if not low < high < math.inf:
-                raise ValueError(
-                    f"{kinds[0]}={list(self._pair)} is empty; the first of two numbers must be the smaller"
-                )
-            if self.is_log and low <= 0:
-                rule = "both below 1" if self.one_minus_log_uniform else "both above 0"
-                raise ValueError(f"{kinds[0]}={list(self._pair)} has no logarithm; it needs two numbers, {rule}")
-        coupled = self.scale_one_minus is not None
-        if coupled != (self.with_key is not None) or coupled != (self.at is not None):
-            raise ValueError(
-                "scale_one_minus, with and at belong together, e.g. {scale_one_minus: 0.004, with: "
-                "train.global_batch_size, at: 4096}"
-            )
-        return self
-
-    @property
-    def listed(self) -> tuple[JsonValue, ...] | None:
-        """The values of a grid or a choice."""
-        return self.grid if self.grid is not None else self.choice
-
-    @property
-    def _pair(self) -> tuple[float, float]:
-        pair = self.uniform or self.log_uniform or self.one_minus_log_uniform or self.scale_one_minus
-        return pair if isinstance(pair, tuple) else (0.0, 0.0)
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """Between which coordinates it is searched; None for listed and fixed ones."""
-        if self.one_minus_log_uniform is not None:
-            low, high = self.one_minus_log_uniform
-            return _rounded(1 - high), _rounded(1 - low)
-        if self.listed is not None or isinstance(self.scale_one_minus, float):
-            return None
-        return self._pair
-
-    @property
-    def is_log(self) -> bool:
-        """Whether the coordinate is searched by its logarithm."""
-        return self.uniform is None and self.bounds is not None
-
-    @property
-    def scale(self) -> Scale:
-        """Of a plot's axis."""
-        if self.one_minus_log_uniform is not None or self.scale_one_minus is not None:
-            return "one_minus_log"
-        if self.log_uniform is not None:
-            return "log"
-        return "categories" if self.listed is not None else "linear"
-
-    def quantile(self, share: float) -> float:
-        """The coordinate below which ``share`` of the space lies, 0 <= share < 1."""
-        if self.listed is not None:
-            return int(share * len(self.listed))
-        if self.bounds is None:
-            return 0.0
-        low, high = self.bounds
-        return self.rounded(low * (high / low) ** share if self.is_log else low + (high - low) * share)
-
-    def rounded(self, coordinate: float) -> float:
-        """To few digits, within the range."""
-        low, high = self.bounds or (coordinate, coordinate)
-        return min(max(_rounded(coordinate), low), high)
-
-    def ends(self) -> list[float]:
-        """The coordinates that are checked: every listed value, both ends of a range."""
-        return [float(i) for i in range(len(self.listed))] if self.listed is not None else list(self.bounds or [0.0])
-
-    def value(self, coordinate: float, driver: JsonValue = None) -> JsonValue:
-        """What the key is set to at a coordinate: an index into a list, a number, or 1 - the value.
-
-        ``driver``: what the key ``with`` has. SweepError if the result is no decay.
-        """
-        if self.listed is not None:
-            return self.listed[int(coordinate)]
-        if self.scale_one_minus is None:
-            return round(1 - coordinate, 12) if self.one_minus_log_uniform is not None else coordinate
-        if isinstance(driver, bool) or not isinstance(driver, int | float):
-            raise SweepError(f"with={self.with_key} must name a number, and it is {driver!r}")
-        reference = self.scale_one_minus if isinstance(self.scale_one_minus, float) else coordinate
-        scaled = reference * driver / (self.at or 1)
-        if not 0 <= scaled <= 1:
-            raise SweepError(
-                f"scale_one_minus={reference:g} becomes {scaled:g} at {self.with_key}={driver}, and "
-                f"1 - {scaled:g} is no decay; use a scale of at most {reference / scaled:.3g}"
-            )
-        return round(1 - scaled, 12)
-
-    def coordinate(self, value: JsonValue) -> float:
-        """The inverse of ``value``, for a range without coupling."""
-        assert isinstance(value, int | float), f"{value!r} is of no range"
-        return _rounded(1 - value) if self.one_minus_log_uniform is not None else float(value)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NoScheduler(_Section):
@@ -265,8 +138,8 @@ class SweepConfig(_Section):
         """The values of the keys that apply, in the order of the space; ``base`` is the base config as a mapping."""
         values: Values = {}
         for key, entry in self.space.items():
-            if all(_matches(_lookup(other, values, base), wanted) for other, wanted in entry.when.items()):
-                driver = _lookup(entry.with_key, values, base) if entry.with_key else None
+            if all(matches(lookup(other, values, base), wanted) for other, wanted in entry.when.items()):
+                driver = lookup(entry.with_key, values, base) if entry.with_key else None
                 values[key] = entry.value(choose(key, entry), driver)
         return values
 
@@ -403,7 +276,7 @@ def check(sweep: Sweep) -> None:
             )
         for other in [*entry.when, *([entry.with_key] if entry.with_key else [])]:
             searched = [upper for upper in config.space if f"{other}.".startswith(f"{upper}.")]
-            if set(searched) - set(above) or (not searched and _lookup(other, {}, plain) is _MISSING):
+            if set(searched) - set(above) or (not searched and lookup(other, {}, plain) is MISSING):
                 where = f"below it; list {other} first" if searched else "neither in the space nor in the base config"
                 raise SweepError(f"space.{key} refers to {other}, which is {where}")
         _check_entry(sweep, plain, key, entry)
@@ -463,7 +336,7 @@ def _where(config: SweepConfig, plain: Mapping[str, Any], other: str, wanted: Js
     """Values under which ``other`` is as ``wanted``: of a listed key around it, if there is one."""
     for key, entry in config.space.items():
         for value in entry.listed or ():
-            if other.startswith(f"{key}.") and _matches(_lookup(other, {key: value}, plain), wanted):
+            if other.startswith(f"{key}.") and matches(lookup(other, {key: value}, plain), wanted):
                 return {key: value}
     return {other: wanted[0] if isinstance(wanted, list) else wanted}
 
@@ -474,40 +347,9 @@ def _drivers(config: SweepConfig, plain: Mapping[str, Any], entry: Entry) -> lis
         return [None]
     other = config.space.get(entry.with_key)
     if other is None or other.with_key is not None:
-        value = _lookup(entry.with_key, {}, plain)
-        return [] if value is _MISSING else [value]
+        value = lookup(entry.with_key, {}, plain)
+        return [] if value is MISSING else [value]
     return [other.value(coordinate) for coordinate in other.ends()]
-
-
-_MISSING: Any = object()
-
-
-def _lookup(key: str, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
-    """What ``key`` is in a configuration: chosen, part of something chosen, or the base's; _MISSING if nowhere."""
-    parts = key.split(".")
-    for cut in range(len(parts), 0, -1):
-        if (chosen := ".".join(parts[:cut])) in values:
-            return _descend(values[chosen], parts[cut:])
-    return _descend(base, parts)
-
-
-def _descend(node: Any, parts: list[str]) -> Any:
-    for part in parts:
-        if isinstance(node, Mapping) and part in node:
-            node = node[part]
-        elif isinstance(node, list | tuple) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        else:
-            return _MISSING
-    return node
-
-
-def _matches(value: Any, wanted: JsonValue) -> bool:
-    return value in wanted if isinstance(wanted, list) else value == wanted
-
-
-def _rounded(number: float) -> float:
-    return float(f"{number:.{_DIGITS}g}")
 
 
 def _yaml(value: JsonValue) -> str:

@@ -179,7 +179,6 @@ def test_a_dry_run_lists_the_trials_and_runs_none(
         (["data.hold_out={}"], ["evaluate.selection.split=selection", "train, validation", "hold_out"]),
         (["evaluate.selection={split: validation}"], ["'validation'", "flatter"]),
         (["sweep.space={train.global_batch_size: {grid: [800, 1600, 4000]}}", "method.queue_size=8000"], ["4000"]),
-        (["cluster.gpus_per_worker=1"], ["0 GPUs", "cluster.gpus_per_worker"]),
     ],
 )
 def test_a_mistake_is_one_message_before_a_trial_runs(
@@ -196,4 +195,28 @@ def test_a_mistake_is_one_message_before_a_trial_runs(
     assert error.count("error:") == 1
     for word in words:
         assert word in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cluster.gpus_per_worker=1"], ["0 GPUs", "cluster.gpus_per_worker"]),
+        (["sweep.seeds=300"], ["one trial needs 300 workers (300 seeds x 1)", "lower sweep.seeds"]),
+    ],
+)
+def test_a_cluster_too_small_for_one_trial_says_so_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        in_this_process(monkeypatch, f"storage.url={tmp_path}", *arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
     assert not (tmp_path / "runs").exists()

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from pipeline.config import ConfigError
-from pipeline.sweep.config import Entry, Sweep, SweepConfig, SweepError, load_sweep, overrides
+from pipeline.sweep.config import Sweep, SweepConfig, load_sweep, overrides
+from pipeline.sweep.space import Entry, SweepError
 
 BASE = """
 model: {name: resnet10t, image_size: 32}
