@@ -40,14 +40,6 @@ class TrainingError(UserError):
     """The worker group failed more often than ``cluster.max_failures`` allows."""
 
 
-class HopelessError(UserError):
-    """A rank raised a DeterministicError, which every restart would meet again."""
-
-    def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
-        self.kind = kind  # the error's class
-
-
 def pretrain(
     config: Config,
     manifest: Manifest,
@@ -60,7 +52,7 @@ def pretrain(
 
     ``on_report`` is called in a thread of the driver, and so is ``on_start``: before a worker group is asked for, and
     when one stands. TrainingError when ``cluster.max_failures`` restarts were not enough; it names what each rank died
-    of. HopelessError, without a restart, if the run collapsed or diverged.
+    of. A rank's DeterministicError, if the run collapsed or diverged, without a restart.
     """
     inbox = Inbox()
     run_id = config.run_id(manifest.digest)
@@ -103,7 +95,7 @@ def pretrain(
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             if (cause := hopeless(error)) is not None:
-                raise HopelessError(str(cause), type(cause).__name__) from error
+                raise cause from error
             raise TrainingError(explain(error, config.cluster.max_failures)) from error
 
 

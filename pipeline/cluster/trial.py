@@ -19,11 +19,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from pipeline.cluster.inbox import Addressed, Report, Started
-from pipeline.cluster.trainer import HopelessError, pretrain
+from pipeline.cluster.trainer import pretrain
+from pipeline.collapse import CollapseError, NonFiniteLossError
 from pipeline.data.manifest import Manifest
 from pipeline.progress import Progress
 from pipeline.runs import Run
-from pipeline.selection import METRIC, read_scores
+from pipeline.selection import METRIC, NonFiniteFeaturesError, read_scores
 from pipeline.sweep.config import Sweep
 from pipeline.sweep.results import Status
 
@@ -32,11 +33,6 @@ WORST = 0.0  # the score of a trial that failed: searchers learn from it, and it
 _POINTER = "pointer.json"
 _ABORT_S = 20.0
 _CHECKPOINT_S = 120.0
-_STATUS: dict[str, Status] = {
-    "CollapseError": "collapsed",
-    "NonFiniteLossError": "diverged",
-    "NonFiniteFeaturesError": "diverged",
-}
 
 
 @dataclass(frozen=True)
@@ -178,8 +174,10 @@ class PretrainTrial(tune.Trainable):
         try:
             self._pretrain(self._run_of(seed), told)
             told.put(_End(seed, "finished"))
-        except HopelessError as error:
-            told.put(_End(seed, _STATUS.get(error.kind, "failed"), str(error)))
+        except CollapseError as error:
+            told.put(_End(seed, "collapsed", str(error)))
+        except (NonFiniteLossError, NonFiniteFeaturesError) as error:
+            told.put(_End(seed, "diverged", str(error)))
         except Exception as error:  # noqa: BLE001 - told to the sweep's driver, whichever it is
             if not aborted.is_set():
                 told.put(_End(seed, "failed", f"{type(error).__name__}: {error}"))
