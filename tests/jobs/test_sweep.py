@@ -145,7 +145,7 @@ def test_a_trial_s_killed_driver_and_worker_are_made_up_for(tmp_path: Path) -> N
         tmp_path, "train.epochs=6", "sweep.space={method.temperature: {grid: [0.2, 0.5]}}", "cluster.cpus_per_worker=2"
     )
     job.read_until(r"t000 .* epoch 1/6")
-    (driver,) = job.pids(b"ray::PretrainTrial")
+    (driver,) = job.pids(b"ray::ResourceTrainable")  # what Tune makes of PretrainTrial
     os.kill(driver, signal.SIGKILL)
     job.read_until(r"t000 .* epoch [3-6]/6")
     for worker in job.pids(b"ray::RayTrainWorker"):
