@@ -15,7 +15,9 @@ from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import normalize, read_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.writer import Sample, write_shards
+from pipeline.evaluate.report import eval_mode
 from pipeline.methods.base import Method
+from pipeline.models.backbone import Backbone
 from pipeline.preflight import prepare_data
 from pipeline.progress import Progress
 from pipeline.selection import METRIC, NonFiniteFeaturesError, Selection, read_scores
@@ -23,7 +25,7 @@ from pipeline.train import build_method, fit
 from tests import gloo
 from tests.data.images import photos, write_digits
 
-TRAIN, BANK = 240, 150
+TRAIN, SELECTION, BANK = 240, 100, 150
 STEPS = 3  # per epoch
 CPU = torch.device("cpu")
 
@@ -32,7 +34,7 @@ CPU = torch.device("cpu")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Two epochs of three steps on a few real digits."""
     folder = tmp_path_factory.mktemp("selection")
-    write_digits(f"{folder}/shards", {"train": TRAIN, "validation": 1, "selection": 100})
+    write_digits(f"{folder}/shards", {"train": TRAIN, "validation": 1, "selection": SELECTION})
     return load_config(
         "configs/quickstart.yaml",
         [
@@ -89,25 +91,33 @@ def test_the_run_is_bit_for_bit_the_one_that_nobody_watches(
     assert reports[-1].logged["train/selection/knn"] == reports[-1].metrics[METRIC]
 
 
-def test_the_score_is_that_of_scikit_learn_and_is_kept(
-    config: Config, watched: tuple[Method, list[Progress], str]
-) -> None:
-    method, reports, url = watched
+def peer(config: Config, backbone: Backbone) -> float:
+    """The score by scikit-learn, on images and labels read another way."""
     manifest = Manifest.load(config.shards_url)
     features, labels = {}, {}
     for split in ("train", "selection"):
         _, images, numbers = next(read_images(manifest, split, 32, batch_size=5000))
-        with torch.no_grad():
+        with eval_mode([backbone]), torch.no_grad():
             inputs = normalize(images, config.data.mean, config.data.std)
-            features[split], labels[split] = method.backbone.eval()(inputs).numpy(), numbers.numpy()
-    method.train()
+            features[split], labels[split] = backbone(inputs).numpy(), numbers.numpy()
     every = [i * len(labels["train"]) // BANK for i in range(BANK)]
-    peer = KNeighborsClassifier(
+    knn = KNeighborsClassifier(
         20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     ).fit(features["train"][every], labels["train"][every])
-    expected = peer.score(features["selection"], labels["selection"])
-    assert expected > 0.2, "better than chance, so the labels are those of the images"
-    assert reports[-1].metrics[METRIC] == pytest.approx(expected, abs=1.5 / len(labels["selection"]))  # a tie or so
+    return float(knn.score(features["selection"], labels["selection"]))
+
+
+def test_the_score_is_that_of_scikit_learn_and_is_kept(
+    config: Config, watched: tuple[Method, list[Progress], str]
+) -> None:
+    """Of a wide encoder as it was initialised, and of the narrow one that was trained."""
+    method, reports, url = watched
+    wide = override(config, ["model.args={channels: [32, 64, 128, 256]}"])
+    untrained, trained = peer(config, build_method(wide).backbone), peer(config, method.backbone)
+    assert untrained > 0.2, "twice chance, so the labels are those of the images"
+    a_tie = 1.5 / SELECTION
+    assert score(wide) == pytest.approx(untrained, abs=a_tie)
+    assert reports[-1].metrics[METRIC] == pytest.approx(trained, abs=a_tie)
     scored = [(r.step, r.step // STEPS, r.metrics[METRIC], r.metrics["loss"]) for r in reports if METRIC in r.metrics]
     assert [(s.step, s.epochs, s.knn, s.loss) for s in read_scores(url)] == scored
 
