@@ -16,7 +16,7 @@ from pipeline.errors import explained
 from pipeline.preflight import dry_run, prepare_data
 from pipeline.progress import ProgressDisplay
 from pipeline.provenance import git_sha
-from pipeline.registry.register import register_encoder
+from pipeline.registry.register import register_run
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Registration, Run, RunReport
 from pipeline.storage import probe_writable
@@ -64,29 +64,7 @@ def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
         with run.local_report() as path:
             tracker.log_artifact(path)
         print(f"\nEvaluation on the validation split:\n{report.report.table()}\n")
-        with run.local_encoder() as bundle:
-            entry = register_encoder(
-                bundle,
-                tracking_uri=config.tracking_uri,
-                mlflow_run_id=tracker.mlflow_run_id,
-                model_name=config.registry.model_name,
-                alias=config.registry.alias,
-                tags={
-                    "parallax.run_id": run.id,
-                    "parallax.data_digest": manifest.digest,
-                    "parallax.git_sha": git_sha(),
-                    "parallax.method": config.method.name,
-                },
-            )
-    registration = Registration(
-        tracking_uri=config.tracking_uri,
-        mlflow_run_id=tracker.mlflow_run_id,
-        name=entry.name,
-        version=str(entry.version),
-        alias=entry.alias,
-        model_uri=entry.model_uri,
-    )
-    run.save_registration(registration)
+        registration = register_run(run, tracker.mlflow_run_id, tags={})
     print_summary(config, manifest, run, report, registration, seconds=time.monotonic() - started)
 
 

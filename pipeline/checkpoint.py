@@ -66,6 +66,11 @@ class CheckpointStore:
             storage.delete(self._commit_url(old))  # first: without it the payload is not a checkpoint
             storage.delete(self._payload_url(old))
 
+    def adopt(self, other: "CheckpointStore", step: int) -> None:
+        """Copy another run's checkpoint of ``step``."""
+        storage.write_bytes(self._payload_url(step), storage.read_bytes(other._payload_url(step)))
+        storage.write_bytes(self._commit_url(step), storage.read_bytes(other._commit_url(step)))
+
     def load(self, step: int) -> TrainState:
         """Read the checkpoint of ``step`` onto the CPU. CheckpointError if its bytes are not those written."""
         commit = json.loads(storage.read_bytes(self._commit_url(step)))

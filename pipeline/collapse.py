@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.errors import UserError
+from pipeline.errors import DeterministicError
 from pipeline.evaluate.diagnostics import alignment, embedding_std, rank_me, uniformity
 
 ROWS = 512  # of the global batch at most
 COLLAPSED_STD = 0.01  # 1 = directions spread evenly, 0 = a point; the eight methods start between 0.5 and 1
 
 
-class CollapseError(UserError):
+class CollapseError(DeterministicError):
     """The embeddings of different images have become one direction."""
 
 
-class NonFiniteLossError(UserError):
+class NonFiniteLossError(DeterministicError):
     """The loss is infinite or not a number; nothing was updated."""
 
     def __init__(self, message: str, sample_ids: list[int]) -> None:

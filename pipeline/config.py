@@ -28,6 +28,7 @@ from pydantic import (
 from pipeline import storage
 from pipeline.data.assemble import MAX_BAD_SHARE
 from pipeline.data.mirror import MirrorConfig
+from pipeline.data.sources import SourceError, check_hold_out
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.methods.base import MethodConfig, method_class
@@ -54,13 +55,27 @@ class DataConfig(_Section):
     """Which shards to read. With ``source``, shards that are not there yet are written from that image set."""
 
     source: str | None = None
-    shards: str = ""  # URL of the folder that holds manifest.json; "" = <storage.url>/shards/<source>
+    hold_out: dict[str, float] = Field(default_factory=dict)  # {selection: 0.2}: a share of source's train split
+    shards: str = ""  # URL of the folder that holds manifest.json; "" = <storage.url>/shards/<source>[-selection-0.2]
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, as timm's default
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     loader_workers: int = Field(default=2, ge=0, le=128)  # processes per rank; 0 = in the training process
     colour_on: Literal["auto", "cpu", "device"] = "auto"  # cpu: the loader's workers; auto: the device if it is a GPU
     max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)  # of samples that cannot be decoded
     mirror: MirrorConfig | None = None  # keep what is read on every node's disk: {folder: /mnt/nvme, max_gib: 500}
+
+    @model_validator(mode="after")
+    def _can_hold_out(self) -> Self:
+        if self.hold_out and self.source is None:
+            raise ValueError(
+                f"hold_out={self.hold_out} is cut when shards are written from data.source, which is not set; shards "
+                "of your own get such a split by `python -m jobs.write_shards ... --hold-out selection=0.1`"
+            )
+        try:
+            check_hold_out(self.hold_out)
+        except SourceError as error:
+            raise ValueError(f"hold_out: {error}") from error
+        return self
 
 
 class TrainConfig(_Section):
@@ -203,7 +218,9 @@ class Config(_Section):
     @property
     def shards_url(self) -> str:
         """Where the shards are, or will be written."""
-        return self.data.shards or storage.join(self.storage.url, "shards", self.data.source or self.name)
+        held_out = "".join(f"-{split}-{share:g}" for split, share in sorted(self.data.hold_out.items()))
+        folder = f"{self.data.source or self.name}{held_out}"
+        return self.data.shards or storage.join(self.storage.url, "shards", folder)
 
     @property
     def tracking_uri(self) -> str:

@@ -47,6 +47,14 @@ def all_gather(x: Tensor) -> Tensor:
     return gathered
 
 
+def all_gather_ragged(x: Tensor) -> Tensor:
+    """(b, ...) -> (sum of b, ...) in rank order, without gradient; ranks may have different b, also none."""
+    counts = all_gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: x.shape[0]] = x.detach()
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded[None]), counts, strict=True)])
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over ranks, without gradient."""
     total = x.detach().clone()

@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class DeterministicError(UserError):
+    """The same config and data fail in the same way at the same step: starting a worker group again is in vain."""
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Around a job's ``main``: a UserError becomes its message on stderr and exit code 2."""

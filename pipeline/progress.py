@@ -38,6 +38,7 @@ class ProgressDisplay:
         self._global_batch_size = global_batch_size
         self._stream = stream
         self._bar: tqdm[Any] | None = None
+        self._scored = ""
 
     def show(self, progress: Progress) -> None:
         """One report: moves the bar, or prints a line."""
@@ -45,6 +46,11 @@ class ProgressDisplay:
             f"loss {progress.metrics.get('loss', float('nan')):.4f}  "
             f"{progress.images_per_s:,.0f} images/s  waiting for data {progress.data_wait:.0%}"
         )
+        if "selection/knn" in progress.metrics:
+            self._scored = f"  selection kNN {progress.metrics['selection/knn']:.1%}"
+            facts += self._scored
+        elif self._stream.isatty():  # a bar keeps showing the last score
+            facts += self._scored
         if not self._stream.isatty():
             left = progress.total_steps - progress.step
             eta_s = left * self._global_batch_size / progress.images_per_s if progress.images_per_s else 0.0

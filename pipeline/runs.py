@@ -3,7 +3,8 @@
 ::
 
     config.yaml        the resolved config
-    checkpoints/       see checkpoint.py; beside them what did not go well (quarantine.json, non-finite-*.json)
+    checkpoints/       see checkpoint.py; beside them the scores by epoch (selection.json), and what did not go well
+                       (quarantine.json, non-finite-*.json)
     encoder/           model.pt2, model.safetensors, config.json, golden.npz, README.md
     report.json        the evaluation and the training images that could not be decoded; written after encoder/,
                        so it marks that stage as complete
@@ -53,11 +54,17 @@ class Run:
 
     def __init__(self, config: Config, manifest_digest: str) -> None:
         self.config = config
+        self.data_digest = manifest_digest
         self.id = config.run_id(manifest_digest)
         self.url = storage.join(config.storage.url, "runs", self.id)
         self.encoder_url = storage.join(self.url, "encoder")
         self.report_url = storage.join(self.url, "report.json")
         self.checkpoints = CheckpointStore(storage.join(self.url, "checkpoints"), config.train.keep_checkpoints)
+
+    def checkpoints_of(self, run_id: str) -> CheckpointStore:
+        """Those of another run that lies beside this one."""
+        url = storage.join(self.config.storage.url, "runs", run_id, "checkpoints")
+        return CheckpointStore(url, self.config.train.keep_checkpoints)
 
     def save_config(self) -> None:
         """Write the resolved config beside the results."""
@@ -69,11 +76,11 @@ class Run:
         if text is None:
             return None
         saved = RunReport.model_validate_json(text)
-        return saved if saved.config == self.config.evaluate else None
+        return saved if saved.config == self.config.evaluate.of_report() else None
 
     def save_report(self, report: EvaluationReport, quarantine: tuple[BadSample, ...]) -> None:
         """Mark the evaluation as complete."""
-        saved = RunReport(config=self.config.evaluate, report=report, quarantine=quarantine)
+        saved = RunReport(config=self.config.evaluate.of_report(), report=report, quarantine=quarantine)
         self._write("report.json", saved.model_dump_json(indent=1))
 
     @contextmanager

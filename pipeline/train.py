@@ -9,6 +9,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ from pipeline.models.backbone import random_backbone
 from pipeline.optim import build_optimizer, ema_update_, match_layouts_, peak_lr, set_lr
 from pipeline.progress import Progress
 from pipeline.quarantine import Quarantine
+from pipeline.selection import Selection
 
 
 def build_method(config: Config) -> Method:
@@ -158,8 +160,8 @@ def fit(
     """Train to the last epoch, from the newest checkpoint if there is one.
 
     Called by every rank, with the process group (if any) already set up. ``report`` is called on rank 0, every
-    ``train.log_every_steps`` steps. ``serve_negatives`` may replace where the restored method keeps its negatives.
-    Returns the trained method, equal on all ranks.
+    ``train.log_every_steps`` steps and where ``evaluate.selection`` scores the encoder. ``serve_negatives`` may
+    replace where the restored method keeps its negatives. Returns the trained method, equal on all ranks.
     """
     method = build_method(config).to(device)
     if config.train.global_bn:
@@ -172,6 +174,7 @@ def fit(
         num_samples=manifest.split("train").num_samples,
         max_bad_share=config.data.max_bad_share,
     )
+    selection = Selection(config, manifest, loader.steps_per_epoch, checkpoints.url)
 
     start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
     if start:
@@ -195,13 +198,17 @@ def fit(
         if done % config.train.diagnose_every_steps == 0:
             diagnosis = diagnose(*method.observed)
             act_on_collapse(diagnosis, done, config.train.on_collapse)
-        is_logged = done % config.train.log_every_steps == 0 or done == total_steps
+        with meter.paused():
+            scores = selection.after(done, method.backbone, device)
+        is_logged = done % config.train.log_every_steps == 0 or done == total_steps or bool(scores)
         is_saved = done % config.train.checkpoint_every_steps == 0 or done == total_steps
         if is_logged or is_saved:
             quarantine.gather(loader.quarantine)
         if is_logged:
-            progress = meter.progress(done, _mean_over_ranks(metrics) | diagnosis, values, len(quarantine.samples))
+            measured = _mean_over_ranks(metrics) | diagnosis | scores
+            progress = meter.progress(done, measured, values, len(quarantine.samples))
             if distributed.rank() == 0:
+                selection.keep(progress)
                 report(replace(progress, metrics=progress.metrics | method.gauges()))
         if is_saved and distributed.rank() == 0:
             checkpoints.save(snapshot(done, method, optimizer, config, manifest, mlflow_run_id))
@@ -274,6 +281,13 @@ class _Meter:
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside counts neither as training nor as waiting."""
+        stopped = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - stopped
 
     def progress(self, step: int, metrics: dict[str, Tensor], schedule: Hyperparameters, bad_samples: int) -> Progress:
         """The report after ``step`` steps; starts the next interval."""

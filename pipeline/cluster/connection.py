@@ -42,7 +42,7 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
         logging_level="error",  # at "warning" it tells of its own token set-up
     )
     try:
-        _require_resources(cluster)
+        _require_resources(cluster, patience_s=_RESOURCES_WAIT_S if address else 0)  # nothing joins a Ray of our own
         yield
     finally:
         ray.shutdown()
@@ -71,13 +71,13 @@ def _cpus_of_our_own(cluster: ClusterConfig) -> int:
     return max(os.cpu_count() or 1, round(cluster.num_workers * cluster.cpus_per_worker + 0.5))
 
 
-def _require_resources(cluster: ClusterConfig) -> None:
+def _require_resources(cluster: ClusterConfig, patience_s: float) -> None:
     """ClusterError if the cluster's total stays below what the worker group needs: Ray would wait for ever."""
     needed = {
         "CPU": cluster.num_workers * cluster.cpus_per_worker,
         "GPU": cluster.num_workers * cluster.gpus_per_worker,
     }
-    deadline = time.monotonic() + _RESOURCES_WAIT_S
+    deadline = time.monotonic() + patience_s
     while True:
         offered = ray.cluster_resources()
         short = {name: amount for name, amount in needed.items() if offered.get(name, 0) < amount}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.progress import Progress
@@ -26,18 +28,35 @@ class WorkerFailure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Started:
+    """What of Ray's belongs to a run."""
+
+    controller: ActorHandle  # its ``abort`` ends the run
+    placement_group: PlacementGroup | None = None  # outlives a controller that is killed, and holds the CPUs
+
+
 Report = Progress | WorkerFailure
+
+
+@dataclass(frozen=True)
+class Addressed:
+    """What a run of a sweep tells the sweep's driver."""
+
+    trial: str
+    run_id: str
+    content: Report | Started
 
 
 @ray.remote(num_cpus=0)
 class _Reports:
     def __init__(self) -> None:
-        self._waiting: list[Report] = []
+        self._waiting: list[Any] = []
 
-    def put(self, report: Report) -> None:
+    def put(self, report: Any) -> None:
         self._waiting.append(report)
 
-    def drain(self) -> list[Report]:
+    def drain(self) -> list[Any]:
         waiting, self._waiting = self._waiting, []
         return waiting
 
@@ -50,7 +69,7 @@ class Inbox:
         self.actor: Any = _Reports.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
     @contextmanager
-    def forwarding(self, on_report: Callable[[Report], None]) -> Iterator[None]:
+    def forwarding(self, on_report: Callable[[Any], None]) -> Iterator[None]:
         """Calls ``on_report``, in a thread, for each report until the block ends and the inbox is empty.
 
         What ``on_report`` raises is raised again when the block ends; training is not disturbed by it.
@@ -77,6 +96,6 @@ class Inbox:
         if failures:
             raise failures[0]
 
-    def _forward_waiting(self, on_report: Callable[[Report], None]) -> None:
+    def _forward_waiting(self, on_report: Callable[[Any], None]) -> None:
         for report in ray.get(self.actor.drain.remote()):
             on_report(report)

@@ -13,16 +13,21 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import yaml
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from pipeline.checkpoint import CheckpointStore
-from pipeline.cluster.inbox import Inbox, Report, WorkerFailure
+from pipeline.cluster.controller import Announcer, GiveUpPolicy, hopeless
+from pipeline.cluster.inbox import Inbox, Report, Started, WorkerFailure
 from pipeline.cluster.shards import RayShards, serving
-from pipeline.config import Config
+from pipeline.config import Config, dump
 from pipeline.data.manifest import Manifest
-from pipeline.errors import UserError
+from pipeline.errors import DeterministicError, UserError
 from pipeline.methods.base import Method
 from pipeline.negatives.service import negatives_service
 from pipeline.runs import Run
@@ -36,22 +41,38 @@ class TrainingError(UserError):
     """The worker group failed more often than ``cluster.max_failures`` allows."""
 
 
-def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_report: Callable[[Report], None]) -> None:
+def pretrain(
+    config: Config,
+    manifest: Manifest,
+    *,
+    mlflow_run_id: str,
+    on_report: Callable[[Report], None],
+    on_start: Callable[[Started], None] | None = None,
+) -> None:
     """Train on the connected cluster until the last checkpoint is written.
 
-    ``on_report`` is called in a thread of the driver. TrainingError when ``cluster.max_failures`` restarts were not
-    enough; it names what each rank died of.
+    ``on_report`` is called in a thread of the driver, and so is ``on_start``: before a worker group is asked for, and
+    when one stands. TrainingError when ``cluster.max_failures`` restarts were not enough; it names what each rank died
+    of. A rank's DeterministicError, if the run collapsed or diverged, without a restart.
     """
     inbox = Inbox()
     run_id = config.run_id(manifest.digest)
+
+    def forward(report: Any) -> None:
+        if isinstance(report, Started):
+            if on_start is not None:
+                on_start(report)
+        else:
+            on_report(report)
+
     with (
         serving(config.negatives, run_id) as shards,
         TemporaryDirectory(prefix="parallax-ray-") as scratch,  # Ray's bookkeeping; nothing of ours is in it
     ):
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _train_worker,
             train_loop_config={
-                "config": config,
+                "config": dump(config),  # as text: Ray's controller unpickles it, and need not import all it refers to
                 "manifest_url": manifest.url,
                 "mlflow_run_id": mlflow_run_id,
                 "inbox": inbox.actor,
@@ -67,13 +88,31 @@ def pretrain(config: Config, manifest: Manifest, *, mlflow_run_id: str, on_repor
                 name=run_id,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+                callbacks=[Announcer(inbox.actor)] if on_start is not None else [],
             ),
         )
         try:
-            with inbox.forwarding(on_report):
+            with inbox.forwarding(forward):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if (cause := hopeless(error)) is not None:
+                raise cause from error
             raise TrainingError(explain(error, config.cluster.max_failures)) from error
+
+
+class _Trainer(TorchTrainer):
+    """Gives up where a restart is in vain, and leaves out two callbacks that cost an actor each, 3 s of a core per run.
+
+    Our workers have no Ray Datasets; placement groups end with their driver, or the sweep's removes them.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        policy = GiveUpPolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
 
 def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
@@ -92,7 +131,7 @@ def _resources(config: Config) -> dict[str, float]:
 
 def _train_worker(job: dict[str, Any]) -> None:
     """One rank: the process group is up, the device is chosen; the rest is ``fit``."""
-    config, inbox = job["config"], job["inbox"]
+    config, inbox = Config.model_validate(yaml.safe_load(job["config"])), job["inbox"]
     manifest = Manifest.load(job["manifest_url"])
     try:
         checkpoints = Run(config, manifest.digest).checkpoints
@@ -106,6 +145,8 @@ def _train_worker(job: dict[str, Any]) -> None:
                 serve_negatives=serve_negatives,
                 mlflow_run_id=job["mlflow_run_id"],
             )
+    except DeterministicError:
+        raise  # the group does not restart: the driver tells why
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         ray.get(inbox.put.remote(WorkerFailure(ray.train.get_context().get_world_rank(), reason)))

@@ -14,7 +14,7 @@ from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, uniform_rows
 from pipeline.data.reader import Block, LaneReader
 from pipeline.data.views import Augmenter, Pixels, View
-from pipeline.errors import UserError
+from pipeline.errors import DeterministicError
 
 MAX_BAD_SHARE = 0.01  # of a split's samples, unless configured
 _LISTED = 20  # bad samples in a message
@@ -29,7 +29,7 @@ class BadSample:
     reason: str
 
 
-class BadSamplesError(UserError):
+class BadSamplesError(DeterministicError):
     """Too many samples cannot be used; the message lists them."""
 
 

@@ -9,7 +9,9 @@ import logging
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -33,8 +35,8 @@ from pipeline.data.assemble import (
 from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
-from pipeline.data.manifest import Manifest
-from pipeline.data.mirror import MirrorConfig
+from pipeline.data.manifest import Manifest, Samples
+from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, Run, uniform_rows
 from pipeline.data.reader import SampleReader
 from pipeline.data.shared import Layout, allocate, attach
@@ -299,6 +301,70 @@ def read_images(
         yield batch()
 
 
+def read_blocks(
+    manifest: Manifest,
+    split: str,
+    blocks: Sequence[NDArray[np.int64]],
+    image_size: int,
+    *,
+    mirror: MirrorConfig | None = None,
+    num_threads: int = 8,
+) -> Iterator[tuple[Tensor, Tensor, list[BadSample]]]:
+    """Chosen samples: (ids int64 (n,), images uint8 (n, 3, S, S), what cannot be decoded) for each block of ids.
+
+    The ids of a block ascend; images are resized and centre-cropped. Threads read and decode two blocks ahead,
+    neighbours in a shard by one request. Raises StorageError where a shard cannot be read or is damaged.
+    """
+    samples = manifest.split(split)
+    fetch = open_fetch(manifest)
+    if mirror is not None:
+        fetch = MirrorFetch(manifest, fetch, mirror)
+    reader = SampleReader(manifest, samples, fetch)
+
+    def read(run: Run, planes: NDArray[np.uint8]) -> list[BadSample]:
+        block = reader.read_run(run)
+        bad = []
+        for row, sample_id in enumerate(block.ids):
+            try:
+                write_planes(centre_crop(decode(block.payload(row)), image_size), planes[row])
+            except UndecodableError as error:
+                shard = manifest.shards.name[samples.shard[sample_id - samples.first_id]]
+                bad.append(BadSample(sample_id, shard, str(error)))
+        return bad
+
+    reading: deque[tuple[NDArray[np.int64], NDArray[np.uint8], list[Future[list[BadSample]]]]] = deque()
+
+    def finished() -> tuple[Tensor, Tensor, list[BadSample]]:
+        ids, planes, futures = reading.popleft()
+        bad = [sample for future in futures for sample in future.result()]
+        good = ~np.isin(ids, [sample.sample_id for sample in bad])
+        return torch.from_numpy(ids[good]), torch.from_numpy(planes[good]), bad
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="parallax-read") as threads:
+        try:
+            for ids in blocks:
+                planes = np.empty((len(ids), 3, image_size, image_size), np.uint8)
+                runs = _runs(samples, ids)
+                ends = np.cumsum([run.count for run in runs])
+                parts = np.split(planes, ends[:-1])
+                reading.append((ids, planes, [threads.submit(read, *job) for job in zip(runs, parts, strict=True)]))
+                if len(reading) > 2:
+                    yield finished()
+            while reading:
+                yield finished()
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _runs(samples: Samples, ids: NDArray[np.int64]) -> list[Run]:
+    """Ascending ids as runs of neighbours, each within one shard and one request's bytes."""
+    rows = ids - samples.first_id
+    request = samples.offset[rows] // _READ_BYTES
+    cut = (np.diff(ids) != 1) | (np.diff(samples.shard[rows]) != 0) | (np.diff(request) != 0)
+    starts = [0, *(np.flatnonzero(cut) + 1).tolist()]
+    return [Run(int(ids[start]), end - start) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
 def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memoryview]]:
     samples = manifest.split(split)
     reader = SampleReader(manifest, samples, open_fetch(manifest))
@@ -307,9 +373,7 @@ def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memory
         same_shard = int(np.searchsorted(samples.shard, samples.shard[first], side="right"))
         near = samples.offset[first:same_shard] < samples.offset[first] + _READ_BYTES
         count = int(np.count_nonzero(near))
-        runs = [Run(samples.first_id + first, count)]
-        ids = samples.first_id + np.arange(first, first + count)
-        block = reader.read(runs, ids, np.empty(reader.num_bytes(runs), np.uint8))
+        block = reader.read_run(Run(samples.first_id + first, count))
         yield from ((sample_id, block.payload(place)) for place, sample_id in enumerate(block.ids))
         first += count
 

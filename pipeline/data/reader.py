@@ -63,6 +63,11 @@ class SampleReader:
             start,
         )
 
+    def read_run(self, run: Run) -> "Block":
+        """A block of one run's samples in the order of their ids, in memory of its own."""
+        ids = np.arange(run.first, run.first + run.count)
+        return self.read([run], ids, np.empty(self.num_bytes([run]), np.uint8))
+
     def read_again(self, sample_id: int, payload: memoryview, crc: int) -> None:
         """Fill ``payload`` from the source until its checksum is right; IntegrityError if it never is."""
         row = sample_id - self._samples.first_id

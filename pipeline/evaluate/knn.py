@@ -20,6 +20,7 @@ def knn_predict(
     *,
     k: int,
     num_classes: int,
+    temperature: float = TEMPERATURE,
     query_block: int = 128,
     bank_block: int = 65536,
 ) -> Tensor:
@@ -37,7 +38,8 @@ def knn_predict(
     for start in range(0, len(queries), query_block):
         block = slice(start, start + query_block)
         votes = similarity.new_zeros(len(similarity[block]), num_classes)
-        votes.scatter_add_(1, bank_labels[index[block]], (similarity[block] / TEMPERATURE).exp())
+        weights = ((similarity[block] - similarity[block, :1]) / temperature).exp()  # the nearest weighs 1: no overflow
+        votes.scatter_add_(1, bank_labels[index[block]], weights)
         predictions[block] = votes.argmax(dim=1)
     return predictions
 

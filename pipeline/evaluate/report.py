@@ -124,7 +124,7 @@ def evaluate_encoder(
 
     split, ids = ("validation", validation_ids) if len(validation_ids) else ("train", train_ids[:_DIAGNOSTIC_IMAGES])
     diagnosed = ids[:: max(1, -(-len(ids) // _DIAGNOSTIC_IMAGES))]
-    with _eval_mode(encoders.values()):
+    with eval_mode(encoders.values()):
         if obstacle:
             notes.append(f"no kNN and no linear probe: {obstacle}")
             encoded = encode(split, diagnosed)
@@ -255,7 +255,7 @@ def _central_crop(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(encoders: Iterable[nn.Module]) -> Iterator[None]:
+def eval_mode(encoders: Iterable[nn.Module]) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule has the mode it had, also where they differed."""
     modes = [(module, module.training) for encoder in encoders for module in encoder.modules()]
     for module, _ in modes:

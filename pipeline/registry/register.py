@@ -23,7 +23,9 @@ from mlflow.types import Schema, TensorSpec
 from mlflow.utils.environment import _PythonEnv
 
 from pipeline.export import BundleManifest, check_bundle, read_preprocessing
+from pipeline.provenance import git_sha
 from pipeline.registry.tracking import connect, server_errors
+from pipeline.runs import Registration, Run
 
 DIGEST_TAG = "parallax.export_digest"
 _LOADED_BY_MLFLOW = "model.pt2"
@@ -59,6 +61,36 @@ def register_encoder(
             version = _create_version(client, model_name, model, mlflow_run_id, tags)
         _point_alias(client, model_name, alias, version)
     return Registered(model_name, int(version.version), alias, version.source)
+
+
+def register_run(run: Run, mlflow_run_id: str, tags: Mapping[str, str]) -> Registration:
+    """Register the encoder of an evaluated run where its config says, and mark the run as complete."""
+    config = run.config
+    with run.local_encoder() as bundle:
+        entry = register_encoder(
+            bundle,
+            tracking_uri=config.tracking_uri,
+            mlflow_run_id=mlflow_run_id,
+            model_name=config.registry.model_name,
+            alias=config.registry.alias,
+            tags={
+                "parallax.run_id": run.id,
+                "parallax.data_digest": run.data_digest,
+                "parallax.git_sha": git_sha(),
+                "parallax.method": config.method.name,
+                **tags,
+            },
+        )
+    registration = Registration(
+        tracking_uri=config.tracking_uri,
+        mlflow_run_id=mlflow_run_id,
+        name=entry.name,
+        version=str(entry.version),
+        alias=entry.alias,
+        model_uri=entry.model_uri,
+    )
+    run.save_registration(registration)
+    return registration
 
 
 def _find_version(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:

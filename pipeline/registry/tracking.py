@@ -25,6 +25,7 @@ from mlflow.utils.rest_utils import http_request
 from pipeline.errors import UserError
 
 RUN_ID_TAG = "parallax.run_id"
+PARENT_TAG = "mlflow.parentRunId"  # nests a run below another in MLflow's table
 _PROBE_TIMEOUT_S = 5
 _FLUSH_INTERVAL_S = 10.0
 _BATCH_METRICS = 1000  # MLflow's limits for one log_batch
@@ -119,11 +120,12 @@ class Tracker:
     batch. Only ``finish`` insists.
     """
 
-    def __init__(self, tracking_uri: str, experiment: str, run_id: str) -> None:
+    def __init__(self, tracking_uri: str, experiment: str, run_id: str, tags: Mapping[str, str] | None = None) -> None:
+        """``tags`` are set on the run if it is new."""
         self._client = connect(tracking_uri)
         with server_errors(tracking_uri):
             self.experiment_id = _experiment_id(self._client, _normalized(tracking_uri), experiment)
-            run = self._find_or_create(run_id)
+            run = self._find_or_create(run_id, tags or {})
         self.mlflow_run_id: str = run.info.run_id
         self._params: dict[str, str] = run.data.params
         # A metric's last logged step. Replayed steps are dropped: MLflow would keep both points.
@@ -132,7 +134,7 @@ class Tracker:
         self._buffer: list[Metric] = []
         self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 
-    def _find_or_create(self, run_id: str) -> Run:
+    def _find_or_create(self, run_id: str, tags: Mapping[str, str]) -> Run:
         found = self._client.search_runs(
             [self.experiment_id],
             f"tags.`{RUN_ID_TAG}` = '{run_id}'",
@@ -140,7 +142,7 @@ class Tracker:
             order_by=["attributes.start_time ASC"],
         )
         if not found:
-            return self._client.create_run(self.experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id})
+            return self._client.create_run(self.experiment_id, run_name=run_id, tags={**tags, RUN_ID_TAG: run_id})
         self._client.update_run(found[0].info.run_id, status="RUNNING")
         return found[0]
 

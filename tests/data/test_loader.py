@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.assemble import BadSamplesError
-from pipeline.data.loader import Loader, WorkerError, centre_crop, normalize, read_images
+from pipeline.data.loader import Loader, WorkerError, centre_crop, normalize, read_blocks, read_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.views import View
@@ -203,6 +203,25 @@ def test_read_images_is_in_id_order_with_labels(manifest: Manifest) -> None:
     assert torch.cat([labels for _, _, labels in parts]).tolist() == [i % 2 for i in range(110)]
     image = centre_crop(photo(41, 40, seed=1), 24)
     assert np.abs(parts[0][1][1].permute(1, 2, 0).numpy().astype(int) - image).mean() < 4, "JPEG's loss apart"
+
+
+def test_read_blocks_gives_what_read_images_does_for_the_samples_chosen(tmp_path: Path) -> None:
+    """Neighbours, single samples, across shards of 20; a bad one alone in its block."""
+    manifest = with_bad_samples(str(tmp_path), {3: b"not an image", 31: b"nor this"})
+    whole = {
+        int(i): image
+        for ids, images, _ in read_images(manifest, "train", 24, max_bad_share=1)
+        for i, image in zip(ids, images, strict=True)
+    }
+    blocks = [np.array(ids) for ids in ([0, 1, 2, 3, 4, 19, 20, 21], [31], [*range(32, 60)], [5, 7, 59])]
+    read = list(read_blocks(manifest, "train", blocks, 24, num_threads=3))
+    assert [ids.tolist() for ids, _, _ in read] == [[i for i in b if i in whole] for b in blocks]
+    for ids, images, _ in read:
+        assert all(torch.equal(image, whole[int(i)]) for i, image in zip(ids, images, strict=True))
+    assert [[(b.sample_id, b.shard) for b in bad] for _, _, bad in read] == [
+        [(3, "train-000000.tar")], [(31, "train-000001.tar")], [], []
+    ]  # fmt: skip
+    assert list(read_blocks(manifest, "train", [], 24)) == []
 
 
 def test_normalize_is_the_formula() -> None:

