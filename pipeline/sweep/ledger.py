@@ -37,8 +37,14 @@ class Ledger:
         run_ids: Mapping[int, str],
         segment: Segment | None = None,
     ) -> None:
-        """A trial starts, or goes on; ``run_ids`` by seed. With PBT it may be in another ``segment`` than before."""
+        """A trial starts, or goes on; ``run_ids`` by seed. With PBT it may be in another ``segment`` than before.
+
+        Tune, whose state is some seconds older after a kill, may begin one that has finished: it tells its scores again
+        and trains nothing, and nothing here changes.
+        """
         for seed, run_id in run_ids.items():
+            if self._run(trial, seed).status == "finished":
+                continue
             self._since[trial, seed] = time.monotonic()
             self._put(trial, seed, values=dict(values), run_id=run_id, status="running", reason="")
             if segment is not None:
@@ -52,6 +58,8 @@ class Ledger:
     def score(self, trial: str, epoch: int, by_seed: Mapping[int, tuple[float, float]]) -> None:
         """(kNN, loss) of each seed after ``epoch`` epochs; later ones are forgotten, since the run redoes them."""
         for seed, (knn, loss) in by_seed.items():
+            if self._run(trial, seed).status == "finished":
+                continue
             earlier = [score for score in self._run(trial, seed).scores if score.epoch < epoch]
             self._put(trial, seed, scores=(*earlier, EpochScore(epoch=epoch, knn=knn, loss=loss)))
         self._commit()

@@ -47,6 +47,18 @@ def test_what_ended_stays_as_it_ended(ledger: Ledger) -> None:
     assert (ledger.results.runs[0].status, ledger.results.runs[0].reason) == ("collapsed", "why")
 
 
+def test_a_finished_trial_that_is_begun_again_stays_as_it_is(ledger: Ledger) -> None:
+    """Tune's own state may be older than its end."""
+    ledger.begin("t000", {}, {0: "a"})
+    ledger.score("t000", 1, {0: (0.1, 1.0)})
+    ledger.score("t000", 2, {0: (0.2, 1.0)})
+    ledger.end("t000", "finished")
+    before = ledger.results
+    ledger.begin("t000", {}, {0: "a"})
+    ledger.score("t000", 1, {0: (0.1, 1.0)})
+    assert ledger.results == before, "killed again at this moment, it has lost nothing"
+
+
 def test_only_a_finished_trial_is_the_best(ledger: Ledger) -> None:
     for trial, knn, status in (("t0", 0.9, "stopped"), ("t1", 0.95, "diverged"), ("t2", 0.5, "finished")):
         ledger.begin(trial, {}, {0: trial})
