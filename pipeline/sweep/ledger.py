@@ -16,7 +16,8 @@ from pipeline.sweep.results import EpochScore, RunResult, Segment, Status, Sweep
 class Ledger:
     """``results``, kept up to date in ``folder``.
 
-    ``open_run`` is called when a run begins or goes on, and returns its MLflow run; ``on_change`` sees each new state.
+    ``open_run`` is called when a run begins or goes on, and returns its MLflow run; ``close_run`` when it ends, before
+    that is written: a kill in between ends it once more. ``on_change`` sees each new state.
     """
 
     def __init__(
@@ -25,9 +26,11 @@ class Ledger:
         results: SweepResults,
         *,
         open_run: Callable[[RunResult], str],
+        close_run: Callable[[RunResult], None],
         on_change: Callable[[SweepResults], None],
     ) -> None:
-        self._folder, self.results, self._open_run, self._on_change = folder, results, open_run, on_change
+        self._folder, self.results = folder, results
+        self._open_run, self._close_run, self._on_change = open_run, close_run, on_change
         self._since: dict[tuple[str, int], float] = {}
 
     def begin(
@@ -71,6 +74,7 @@ class Ledger:
                 began = self._since.pop((trial, run.seed), time.monotonic())
                 seconds = round(run.seconds + time.monotonic() - began, 1)
                 self._put(trial, run.seed, status=status, reason=reason, seconds=seconds)
+                self._close_run(self._run(trial, run.seed))
         self._commit()
 
     def update(self, **changes: Any) -> None:

@@ -15,7 +15,9 @@ def ledger(tmp_path: Path) -> Ledger:
     def open_run(run: RunResult) -> str:
         return f"mlflow-{run.run_id}"
 
-    return Ledger(SweepFolder(str(tmp_path), "s"), empty, open_run=open_run, on_change=lambda _: None)
+    return Ledger(
+        SweepFolder(str(tmp_path), "s"), empty, open_run=open_run, close_run=lambda _: None, on_change=lambda _: None
+    )
 
 
 def test_every_event_is_on_the_disk_at_once(ledger: Ledger, tmp_path: Path) -> None:
