@@ -77,12 +77,6 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
         display = SweepDisplay()
         runs = SweepTracker(tracker, sweep_id, sweep.config_of, manifest)
 
-        def on_change(results: SweepResults) -> None:
-            display.show(results)
-            for run in results.runs:
-                if run.status != "running":
-                    runs.end(run)
-
         def on_report(run_id: str, report: Report) -> None:
             if isinstance(report, WorkerFailure):
                 display.note(f"{run_id}: rank {report.rank} failed: {report.reason.splitlines()[0]}")
@@ -90,7 +84,7 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
                 display.progress(run_id, report)
                 runs.log(run_id, report)
 
-        ledger = Ledger(folder, results, open_run=runs.begin, on_change=on_change)
+        ledger = Ledger(folder, results, open_run=runs.begin, close_run=runs.end, on_change=display.show)
         ledger.update(mlflow_run_id=tracker.mlflow_run_id, tracking_uri=base.tracking_uri)
         with connected(base.cluster, {"storage.url": base.storage.url, "data.shards": base.shards_url}):
             try:

@@ -16,7 +16,8 @@ from pipeline.sweep.results import EpochScore, RunResult, Segment, Status, Sweep
 class Ledger:
     """``results``, kept up to date in ``folder``.
 
-    ``open_run`` is called when a run begins or goes on, and returns its MLflow run; ``on_change`` sees each new state.
+    ``open_run`` is called when a run begins or goes on, and returns its MLflow run; ``close_run`` when it ends, before
+    that is written: a kill in between ends it once more. ``on_change`` sees each new state.
     """
 
     def __init__(
@@ -25,9 +26,11 @@ class Ledger:
         results: SweepResults,
         *,
         open_run: Callable[[RunResult], str],
+        close_run: Callable[[RunResult], None],
         on_change: Callable[[SweepResults], None],
     ) -> None:
-        self._folder, self.results, self._open_run, self._on_change = folder, results, open_run, on_change
+        self._folder, self.results = folder, results
+        self._open_run, self._close_run, self._on_change = open_run, close_run, on_change
         self._since: dict[tuple[str, int], float] = {}
 
     def begin(
@@ -37,8 +40,14 @@ class Ledger:
         run_ids: Mapping[int, str],
         segment: Segment | None = None,
     ) -> None:
-        """A trial starts, or goes on; ``run_ids`` by seed. With PBT it may be in another ``segment`` than before."""
+        """A trial starts, or goes on; ``run_ids`` by seed. With PBT it may be in another ``segment`` than before.
+
+        Tune, whose state is some seconds older after a kill, may begin one that has finished: it tells its scores again
+        and trains nothing, and nothing here changes.
+        """
         for seed, run_id in run_ids.items():
+            if self._run(trial, seed).status == "finished":
+                continue
             self._since[trial, seed] = time.monotonic()
             self._put(trial, seed, values=dict(values), run_id=run_id, status="running", reason="")
             if segment is not None:
@@ -52,6 +61,8 @@ class Ledger:
     def score(self, trial: str, epoch: int, by_seed: Mapping[int, tuple[float, float]]) -> None:
         """(kNN, loss) of each seed after ``epoch`` epochs; later ones are forgotten, since the run redoes them."""
         for seed, (knn, loss) in by_seed.items():
+            if self._run(trial, seed).status == "finished":
+                continue
             earlier = [score for score in self._run(trial, seed).scores if score.epoch < epoch]
             self._put(trial, seed, scores=(*earlier, EpochScore(epoch=epoch, knn=knn, loss=loss)))
         self._commit()
@@ -63,6 +74,7 @@ class Ledger:
                 began = self._since.pop((trial, run.seed), time.monotonic())
                 seconds = round(run.seconds + time.monotonic() - began, 1)
                 self._put(trial, run.seed, status=status, reason=reason, seconds=seconds)
+                self._close_run(self._run(trial, run.seed))
         self._commit()
 
     def update(self, **changes: Any) -> None:

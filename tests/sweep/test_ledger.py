@@ -15,7 +15,9 @@ def ledger(tmp_path: Path) -> Ledger:
     def open_run(run: RunResult) -> str:
         return f"mlflow-{run.run_id}"
 
-    return Ledger(SweepFolder(str(tmp_path), "s"), empty, open_run=open_run, on_change=lambda _: None)
+    return Ledger(
+        SweepFolder(str(tmp_path), "s"), empty, open_run=open_run, close_run=lambda _: None, on_change=lambda _: None
+    )
 
 
 def test_every_event_is_on_the_disk_at_once(ledger: Ledger, tmp_path: Path) -> None:
@@ -45,6 +47,18 @@ def test_what_ended_stays_as_it_ended(ledger: Ledger) -> None:
     ledger.end("t000", "collapsed", "why")
     ledger.end("t000", "stopped")
     assert (ledger.results.runs[0].status, ledger.results.runs[0].reason) == ("collapsed", "why")
+
+
+def test_a_finished_trial_that_is_begun_again_stays_as_it_is(ledger: Ledger) -> None:
+    """Tune's own state may be older than its end."""
+    ledger.begin("t000", {}, {0: "a"})
+    ledger.score("t000", 1, {0: (0.1, 1.0)})
+    ledger.score("t000", 2, {0: (0.2, 1.0)})
+    ledger.end("t000", "finished")
+    before = ledger.results
+    ledger.begin("t000", {}, {0: "a"})
+    ledger.score("t000", 1, {0: (0.1, 1.0)})
+    assert ledger.results == before, "killed again at this moment, it has lost nothing"
 
 
 def test_only_a_finished_trial_is_the_best(ledger: Ledger) -> None:
