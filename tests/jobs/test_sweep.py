@@ -6,6 +6,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,13 +44,18 @@ class Job:
         )
         self.lines: list[str] = []
 
-    def read_until(self, pattern: str) -> None:
-        """Returns at the first line with ``pattern``."""
+    def read_until(self, pattern: str, timeout_s: float = 200) -> None:
+        """Returns at the first line with ``pattern``; the command is killed if none comes."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line)
-            if re.search(pattern, line):
-                return
+        timer = threading.Timer(timeout_s, self._process.kill)
+        timer.start()
+        try:
+            for line in self._process.stdout:
+                self.lines.append(line)
+                if re.search(pattern, line):
+                    return
+        finally:
+            timer.cancel()
         raise AssertionError(f"ended without {pattern!r}:\n{''.join(self.lines)}")
 
     def finish(self, timeout_s: float = 400) -> str:
