@@ -6,6 +6,7 @@ Submitting the same sweep again takes it up where it ended, or says that it is c
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,11 +63,10 @@ def main() -> None:
 
 def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, results: SweepResults | None) -> None:
     """The trials, then what becomes of the best of them."""
+    # Ray takes 3 s to import; a mistake in the config should not cost them
     from pipeline.cluster.connection import connected
     from pipeline.cluster.inbox import Report, WorkerFailure
-    from pipeline.cluster.sweep import (
-        run_sweep,
-    )  # Ray takes 3 s to import; a mistake in the config should not cost them
+    from pipeline.cluster.sweep import run_sweep
 
     started, base = time.monotonic(), sweep.base
     with Tracker(base.tracking_uri, base.tracking.experiment, sweep_id) as tracker:
@@ -143,8 +143,10 @@ def pictures(sweep: Sweep, results: SweepResults) -> dict[str, bytes]:
         "summary.txt": (summary(results, sweep.config.first_rung()) + "\n").encode(),
         "parallel-coordinates.png": parallel_coordinates(results),
     }
-    if len(results.keys) > 1:
-        files["heat-map.png"] = heat_map(results, results.keys[0].key, results.keys[1].key)
+    scored = [run.values.keys() for run in results.runs if run.scores]
+    pairs = itertools.combinations([searched.key for searched in results.keys], 2)
+    if axes := next((pair for pair in pairs if any(set(pair) <= keys for keys in scored)), None):
+        files["heat-map.png"] = heat_map(results, *axes)
     return files
 
 
