@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.progress import Progress
 from pipeline.registry.tracking import PARENT_TAG, RegistryError, Tracker
+from pipeline.selection import METRIC
 from pipeline.sweep.results import RunResult, Status
 
 _ENDED: dict[Status, Literal["FINISHED", "KILLED"]] = {"finished": "FINISHED", "stopped": "KILLED"}
@@ -60,7 +61,16 @@ class SweepTracker:
                 tracker.log(progress.step, progress.logged)
 
     def end(self, run: RunResult) -> None:
-        """Close the MLflow run of one that ended; those closed before stay closed."""
+        """Close the MLflow run of one that ended, with the scores whose reports are still on their way or were lost with
+        a driver; those closed before stay closed."""
+        steps_per_epoch = self._manifest.split("train").num_samples // self._config_of(run).train.global_batch_size
+        first_epoch = run.lineage[-1].first_epoch if run.lineage else 0
+        with self._lock:
+            if (run.trial, run.seed) in self._open:
+                _, tracker = self._open[run.trial, run.seed]
+                for score in run.scores:
+                    if score.epoch > first_epoch:
+                        tracker.log(score.epoch * steps_per_epoch, {f"train/{METRIC}": score.knn})
         self._close(run, _ENDED.get(run.status, "FAILED"))
 
     def _close(self, run: RunResult, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
