@@ -61,7 +61,7 @@ class SweepTracker:
                 tracker.log(progress.step, progress.logged)
 
     def end(self, run: RunResult) -> None:
-        """Close the MLflow run of one that ended, with the scores whose reports are still on their way or were lost with
+        """Close the MLflow run of one that ended, with the scores whose reports are on their way or were lost with
         a driver; those closed before stay closed."""
         steps_per_epoch = self._manifest.split("train").num_samples // self._config_of(run).train.global_batch_size
         first_epoch = run.lineage[-1].first_epoch if run.lineage else 0
