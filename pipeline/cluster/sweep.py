@@ -2,8 +2,8 @@
 
 What keeps N trials from starving each other: the drivers take no CPU (a sliver of the head node's own resource places
 them there), and no more trials run at a time than whole worker groups fit on the nodes. A stopped trial aborts its
-groups and its driver takes the next trial; the CPUs are free within a second. Of a driver that is killed, Ray
-ends the workers, but their placement group stays: it is removed here.
+groups and waits until they are gone; then its driver takes the next trial. Of a driver that is killed, Ray ends the
+workers, but their placement group stays: it is removed here.
 
 Tune keeps its state (which trials are done, the searcher) in ``<sweep folder>/tune``, where a sweep that was killed is
 taken up again; each run resumes from its own checkpoint, and tells the scores of its folder again.
