@@ -59,7 +59,7 @@ def test_pbt_perturbs_on_the_scale_of_the_key(tmp_path: Path) -> None:
 def test_pbt_keeps_the_checkpoints_that_a_trial_may_begin_with(tmp_path: Path) -> None:
     sweep = load(tmp_path, "sweep.searcher=random", "sweep.trials=4", "sweep.scheduler={name: pbt, every_epochs: 3}")
     config = sweep.trial_config("x", {"method.temperature": 0.2}, 0)
-    assert config.train.checkpoint_every_steps == 3 * 25
+    assert config.train.checkpoint_every_steps == 3 * sweep.steps_per_epoch(config)
     assert config.train.keep_checkpoints >= 3
 
 
