@@ -54,7 +54,8 @@ class Slots(Protocol):
         beside the 12 of a ResNet-50's training step at 224 px. So it pays where the bank has at most some ten million
         slots and the encoder is no toy. The local backend does all of it on the rank; the service's shards each search
         their N / S slots, side by side, and only ids, similarities and the ``count`` winners travel. Called between
-        ``read`` and ``update``; the step waits for it.
+        ``read`` and ``update``; the step waits for it. Slots that are equally similar but for rounding may be swapped
+        between backends.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 The step says what it will read before it embeds its images; the courier fetches that during the forward pass, and
 carries the slots that the rank moved away during the backward pass. What is computed is what the local bank computes,
-with the same numbers, so both have the same trajectory, bit for bit.
+with the same numbers, so both have the same trajectory, bit for bit; but the hardest slots are found by other products,
+and where two are equal but for rounding their order, or the choice, may differ.
 
 A shard that is lost starts from the newest checkpoint (or the first directions), and every rank writes again what it
 has written since: it keeps its writes until a checkpoint has them. That takes, at 500 steps of 32 slots of 128 float32

@@ -468,7 +468,8 @@ def undisturbed(config: Config, checkpoints_url: str) -> None:
     "method",
     [
         ("method.name=moco_v2", "method.queue_size=2500", "method.ema_decay=0.9"),
-        ("method.name=npid", "method.num_samples=5000", "method.num_negatives=500", "method.hard_negatives=20"),
+        # hard negatives follow up to rounding only: of 500 x 5,000 similarities some are equal but for their last bit
+        ("method.name=npid", "method.num_samples=5000", "method.num_negatives=500"),
     ],
     ids=["queue", "bank"],
 )
