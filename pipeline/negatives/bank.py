@@ -27,7 +27,7 @@ class MemoryBank(nn.Module):
     def __init__(self, num_samples: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_samples = num_samples
-        self.seed = int(torch.randint(2**62, ()))  # of the first directions and of all draws
+        self.seed = int(torch.randint(2**62, (), device="cpu"))  # of the first directions and of all draws
         self.steps = 0  # updates so far; not on the device, where reading it would wait for the step
         self.register_buffer("slots", torch.empty(0, dim, dtype=dtype))  # (N, D), or (0, D) before it is first read
         self.register_state_dict_pre_hook(lambda bank, *_: bank.fill())
