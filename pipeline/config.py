@@ -263,7 +263,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     overrides = overrides or []
     origin = " + ".join([str(path), *(item for item in overrides if _is_file(item))])
-    return _validated(_apply(_read(path), overrides), origin)
+    return _validated(_apply(read_mapping(path), overrides), origin)
 
 
 def override(config: Config, overrides: list[str]) -> Config:
@@ -280,16 +280,17 @@ def _is_file(override: str) -> bool:
     return "=" not in override and override.endswith((".yaml", ".yml"))
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_mapping(path: str | Path, shipped_in: str = "configs", example: str = "'name: my-run'") -> dict[str, Any]:
+    """What a YAML file holds. ConfigError if it is no mapping; without the file, it lists those ``shipped_in``."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        shipped = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.yaml"))) or "none found in ./configs"
+        shipped = ", ".join(str(p) for p in sorted(Path(shipped_in).rglob("*.yaml"))) or f"none found in ./{shipped_in}"
         raise ConfigError(f"cannot read {path}: {error.strerror}; configs here: {shipped}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping such as 'name: my-run', not {type(values).__name__}")
+        raise ConfigError(f"{path} must hold a mapping such as {example}, not {type(values).__name__}")
     return values
 
 
@@ -305,7 +306,7 @@ def _merge(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     for item in overrides:
         if _is_file(item):
-            values = _merge(values, _read(item))
+            values = _merge(values, read_mapping(item))
             continue
         key, separator, text = item.partition("=")
         if not separator or not key:

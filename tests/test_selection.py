@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Config, ConfigError, load_config, override
 from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import normalize, read_images
@@ -21,9 +20,10 @@ from pipeline.models.backbone import Backbone
 from pipeline.preflight import prepare_data
 from pipeline.progress import Progress
 from pipeline.selection import METRIC, NonFiniteFeaturesError, Selection, read_scores
-from pipeline.train import build_method, fit
+from pipeline.train import build_method
 from tests import gloo
 from tests.data.images import photos, write_digits
+from tests.fits import run
 
 TRAIN, SELECTION, BANK = 240, 100, 150
 STEPS = 3  # per epoch
@@ -50,22 +50,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "train.log_every_steps=2",
         ],
     )
-
-
-def run(config: Config, store_url: str, until: int | None = None) -> tuple[Method | None, list[Progress]]:
-    """Fit in this process; ``until`` raises in that step's report, as a kill would."""
-    reports: list[Progress] = []
-
-    def report(progress: Progress) -> None:
-        reports.append(progress)
-        if progress.step == until:
-            raise KeyboardInterrupt
-
-    store = CheckpointStore(store_url)
-    try:
-        return fit(config, Manifest.load(config.shards_url), store, device=CPU, report=report), reports
-    except KeyboardInterrupt:
-        return None, reports
 
 
 @pytest.fixture(scope="module")

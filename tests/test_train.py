@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointError, CheckpointStore
+from pipeline.checkpoint import CheckpointError
 from pipeline.collapse import CollapseError, NonFiniteLossError
 from pipeline.config import Config, load_config, override
 from pipeline.data.batch import Batch
-from pipeline.data.manifest import Manifest
 from pipeline.progress import Progress
-from pipeline.train import fit, to_device
-from tests import gloo
+from pipeline.train import to_device
+from tests import fits, gloo
 from tests.data.images import write_digits
 
 
@@ -39,20 +38,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def run(config: Config, store_url: str, until: int | None = None) -> tuple[dict[str, torch.Tensor], list[Progress]]:
-    """Fit in this process or rank; ``until`` raises after that step, as a kill would."""
-    reports: list[Progress] = []
-
-    def report(progress: Progress) -> None:
-        reports.append(progress)
-        if progress.step == until:
-            raise KeyboardInterrupt
-
-    store = CheckpointStore(store_url)
-    try:
-        method = fit(config, Manifest.load(config.shards_url), store, device=torch.device("cpu"), report=report)
-    except KeyboardInterrupt:
-        return {}, reports
-    return {name: value.clone() for name, value in method.state_dict().items()}, reports
+    """``fits.run``, of whose method the state is kept."""
+    method, reports = fits.run(config, store_url, until)
+    return {name: value.clone() for name, value in method.state_dict().items()} if method else {}, reports
 
 
 def test_a_killed_run_resumes_mid_epoch_onto_the_undisturbed_trajectory(config: Config, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from pipeline.config import Config, ConfigError, dump, load_config, override
+from pipeline.config import Config, ConfigError, dump, load_config, override, read_mapping
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch
@@ -240,7 +240,7 @@ def load_sweep(path: str | Path, arguments: list[str] | None = None) -> Sweep:
     SweepError or ConfigError on anything wrong.
     """
     arguments = arguments or []
-    values = _read(path)
+    values = {"name": Path(path).stem, **read_mapping(path, "configs/sweep", "'base: ...' and 'space: ...'")}
     for argument in arguments:
         if argument.startswith("sweep."):
             _set(values, *argument.removeprefix("sweep.").partition("=")[::2])
@@ -364,19 +364,6 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
         values[section] = {**(values.get(section) or {}), rest: value}
     else:
         values[section] = value
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        shipped = ", ".join(str(p) for p in sorted(Path("configs/sweep").glob("*.yaml"))) or "none in ./configs/sweep"
-        raise SweepError(f"cannot read {path}: {error.strerror}; sweeps here: {shipped}") from error
-    except yaml.YAMLError as error:
-        raise SweepError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise SweepError(f"{path} must hold a mapping with base and space, not {type(values).__name__}")
-    return {"name": Path(path).stem, **values}
 
 
 def _explain(error: ValidationError, origin: str) -> str:

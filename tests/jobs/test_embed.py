@@ -25,6 +25,7 @@ from pipeline.registry.register import register_encoder
 from pipeline.registry.tracking import Tracker
 from tests.conftest import S3
 from tests.encoders import export_tiny, of_another_run, tiny_backbone
+from tests.jobs import refusals
 from tests.servers import RayCluster
 
 IMAGES = 120  # 3 shards of 16 and one of 2 to train on, 5 to validate on
@@ -84,11 +85,7 @@ def embed(registry: Registry, *arguments: str, env: dict[str, str] | None = None
 def refused(monkeypatch: pytest.MonkeyPatch, registry: Registry, model: str, *arguments: str) -> None:
     """The job in this process: it ends with exit code 2 before Ray starts."""
     command = ["jobs.embed", "--model", model, "--tracking-uri", registry.uri, *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as caught:
-        job.main()
-    assert caught.value.code == 2
-    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    refusals.refused(monkeypatch, job.main, *command)
 
 
 def expected(registry: Registry) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from jobs import sweep
 from pipeline.config import load_config
 from pipeline.sweep.results import SweepResults
+from tests.jobs.refusals import refused
 
 TOY = [
     "model.args={channels: [4, 8, 8, 16]}",
@@ -28,6 +29,7 @@ TOY = [
     "registry.model_name=toy",
 ]
 CONFIG = str(Path("configs/sweep/digits-moco.yaml").absolute())
+COMMAND = ["jobs.sweep", CONFIG, *TOY]
 
 
 class Job:
@@ -162,15 +164,11 @@ def test_a_trial_s_killed_driver_and_worker_are_made_up_for(tmp_path: Path) -> N
     assert all([score.epoch for score in run.scores] == [1, 2, 3, 4, 5, 6] for run in runs)
 
 
-def in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["jobs.sweep", CONFIG, *TOY, *arguments])
-    sweep.main()
-
-
 def test_a_dry_run_lists_the_trials_and_runs_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    in_this_process(monkeypatch, f"storage.url={tmp_path}", "--dry-run")
+    monkeypatch.setattr(sys, "argv", [*COMMAND, f"storage.url={tmp_path}", "--dry-run"])
+    sweep.main()
     out = capsys.readouterr().out
     assert "nothing was trained" in out
     assert "t000  optim.lr=0.5  method.temperature=0.2" in out
@@ -194,9 +192,7 @@ def test_a_mistake_is_one_message_before_a_trial_runs(
     arguments: list[str],
     words: list[str],
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        in_this_process(monkeypatch, f"storage.url={tmp_path}", *arguments)
-    assert caught.value.code == 2
+    refused(monkeypatch, sweep.main, *COMMAND, f"storage.url={tmp_path}", *arguments)
     error = capsys.readouterr().err
     assert error.count("error:") == 1
     for word in words:
@@ -220,9 +216,7 @@ def test_a_cluster_too_small_for_one_trial_says_so_at_once(
     arguments: list[str],
     words: list[str],
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        in_this_process(monkeypatch, f"storage.url={tmp_path}", *arguments)
-    assert caught.value.code == 2
+    refused(monkeypatch, sweep.main, *COMMAND, f"storage.url={tmp_path}", *arguments)
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert not (tmp_path / "runs").exists()
