@@ -255,11 +255,10 @@ class RayCluster:
         head, (self.address, self.dashboard) = _started(self._start_head)
         self._nodes.append(head)
         try:
-            raylet, _ = _started(self._start_raylet)
+            self.add_raylet()
         except ServerError:
             self.stop()
             raise
-        self._nodes.append(raylet)
 
     @property
     def env(self) -> dict[str, str]:
@@ -275,6 +274,17 @@ class RayCluster:
     def token(self) -> str:
         """The secret itself, for asserting that it shows nowhere."""
         return self._token.read_text()
+
+    def lose_raylet(self) -> None:
+        """SIGKILL to the second node and all that runs on it: a machine that is gone."""
+        raylet = self._nodes.pop()
+        while raylet.pids():
+            raylet.signal(signal.SIGKILL)
+
+    def add_raylet(self) -> None:
+        """The second node; returns when the head lists it."""
+        raylet, _ = _started(self._start_raylet)
+        self._nodes.append(raylet)
 
     def _start_head(self) -> tuple[Server, tuple[str, str]]:
         gcs, dashboard, client = free_ports(3)

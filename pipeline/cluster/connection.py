@@ -1,5 +1,6 @@
 """Starting or joining Ray, and checking that what it offers is what the run asks for."""
 
+import logging
 import os
 import socket
 import time
@@ -16,6 +17,7 @@ _WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead rank is noticed; Ray's default is 2
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of a rank that hangs in a collective; 30 without it
 }
+_log = logging.getLogger(__name__)
 _RESOURCES_WAIT_S = 60.0  # pods of an autoscaled group come up one by one
 
 
@@ -72,24 +74,32 @@ def _cpus_of_our_own(cluster: ClusterConfig) -> int:
 
 
 def _require_resources(cluster: ClusterConfig, patience_s: float) -> None:
-    """ClusterError if the cluster's total stays below what the worker group needs: Ray would wait for ever."""
+    """ClusterError if the cluster's total stays below what the worker group needs: Ray would wait for ever.
+
+    What is missing is told at once, in the log, also where nodes may yet join.
+    """
     needed = {
         "CPU": cluster.num_workers * cluster.cpus_per_worker,
         "GPU": cluster.num_workers * cluster.gpus_per_worker,
     }
     deadline = time.monotonic() + patience_s
+    told = False
     while True:
         offered = ray.cluster_resources()
         short = {name: amount for name, amount in needed.items() if offered.get(name, 0) < amount}
         if not short:
             return
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs, but "
-                f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} "
-                f"GPUs need {needed['CPU']:g} and {needed['GPU']:g}; lower cluster.num_workers, "
-                "cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
-            )
+        problem = (
+            f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs, but "
+            f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} "
+            f"GPUs need {needed['CPU']:g} and {needed['GPU']:g}; lower cluster.num_workers, "
+            "cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
+        )
+        if time.monotonic() >= deadline:
+            raise ClusterError(problem)
+        if not told:
+            _log.warning("%s; waiting up to %g s for nodes that may be on their way", problem, patience_s)
+            told = True
         time.sleep(1)
 
 

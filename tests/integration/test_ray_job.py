@@ -1,6 +1,7 @@
 """`ray job submit` onto a running cluster of two nodes: token authentication, S3, MLflow, no secret on the way."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import storage
+from pipeline.sweep.results import SweepResults
 from tests.conftest import S3
 from tests.servers import MLflowServer, RayCluster
 
@@ -26,29 +28,62 @@ TOY = [
     "registry.model_name=ray-job",
 ]
 
+SWEEP = [
+    "jobs.sweep",
+    "configs/sweep/digits-moco.yaml",
+    "model.args={channels: [4, 8, 8, 16]}",
+    "method.queue_size=1600",
+    "train.global_batch_size=800",
+    "train.epochs=4",
+    "train.checkpoint_every_steps=4",
+    "data.loader_workers=0",
+    "sweep.space={method.temperature: {grid: [0.2, 0.5]}}",
+    "sweep.scheduler={name: none}",
+    "sweep.seeds=2",
+    "registry.model_name=ray-sweep",
+]
 
-def submit(cluster: RayCluster, submission_id: str, *arguments: str) -> str:
-    """Submit jobs.pretrain as the README says and wait; returns the job's status.
 
-    The CLI's exit code says that the job was accepted (without ``--no-wait``: 1 for any failure), so the status and
-    the log are read from the jobs API.
+def pretrain(cluster: RayCluster, submission_id: str, *arguments: str) -> str:
+    """Submit jobs.pretrain as the README says and wait; returns the job's status."""
+    submit(cluster, submission_id, "jobs.pretrain", "configs/quickstart.yaml", *TOY, *arguments)
+    return ended(cluster, submission_id)
+
+
+def submit(cluster: RayCluster, submission_id: str, *command: str) -> None:
+    """Submit ``python -m`` command. The CLI's exit code says that it was accepted (without ``--no-wait``: 1 for any
+    failure), so the status and the log are read from the jobs API.
     """
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", submission_id, "--"]
-    command += ["python", "-m", "jobs.pretrain", "configs/quickstart.yaml", *TOY, *arguments]
+    submission = [ray, "job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", submission_id, "--"]
     # Only what the client needs: this environment holds no S3 keys, the nodes' does.
     env = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **cluster.env}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*submission, "python", "-m", *command], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    deadline = time.monotonic() + 300
+
+
+def ended(cluster: RayCluster, submission_id: str, timeout_s: float = 300) -> str:
+    """The status in which the job ended."""
+    deadline = time.monotonic() + timeout_s
     while (status := get(cluster, f"/api/jobs/{submission_id}")["status"]) in ("PENDING", "RUNNING"):
         assert time.monotonic() < deadline, f"still {status}; its log ends:\n{log(cluster, submission_id)[-3000:]}"
         time.sleep(1)
     return str(status)
 
 
-def get(cluster: RayCluster, path: str) -> Any:
-    request = urllib.request.Request(cluster.dashboard + path, headers={"Authorization": f"Bearer {cluster.token}"})
+def read_until(cluster: RayCluster, submission_id: str, pattern: str, timeout_s: float = 200) -> None:
+    """Returns when the running job's log has ``pattern``."""
+    deadline = time.monotonic() + timeout_s
+    while not re.search(pattern, output := log(cluster, submission_id)):
+        status = get(cluster, f"/api/jobs/{submission_id}")["status"]
+        assert status in ("PENDING", "RUNNING"), output[-5000:]
+        assert time.monotonic() < deadline, output[-5000:]
+        time.sleep(0.5)
+
+
+def get(cluster: RayCluster, path: str, method: str = "GET") -> Any:
+    headers = {"Authorization": f"Bearer {cluster.token}"}
+    request = urllib.request.Request(cluster.dashboard + path, headers=headers, method=method)
     with urllib.request.urlopen(request, timeout=30) as reply:
         return json.load(reply)
 
@@ -62,7 +97,7 @@ def test_a_submitted_job_trains_on_both_nodes_and_registers_its_encoder(
     ray_cluster: RayCluster, mlflow_server: MLflowServer, s3: S3
 ):
     arguments = [f"storage.url={s3.url}/parallax", f"tracking.uri={mlflow_server.uri}"]
-    status = submit(ray_cluster, "train", *arguments)
+    status = pretrain(ray_cluster, "train", *arguments)
     output = log(ray_cluster, "train")
     assert status == "SUCCEEDED", output[-5000:]
     assert "is complete after" in output
@@ -75,7 +110,7 @@ def test_a_submitted_job_trains_on_both_nodes_and_registers_its_encoder(
     version = MlflowClient(mlflow_server.uri).get_model_version_by_alias("ray-job", "champion")
     assert version.tags["parallax.method"] == "simclr"
 
-    assert submit(ray_cluster, "again", *arguments) == "SUCCEEDED"
+    assert pretrain(ray_cluster, "again", *arguments) == "SUCCEEDED"
     assert "is complete already" in log(ray_cluster, "again")
 
     # Everyone who can list jobs reads this.
@@ -85,11 +120,52 @@ def test_a_submitted_job_trains_on_both_nodes_and_registers_its_encoder(
         assert secret not in shown
 
 
+@pytest.mark.heavy
+def test_a_sweep_on_s3_outlives_a_node(ray_cluster: RayCluster, mlflow_server: MLflowServer, s3: S3):
+    """Two seeds per configuration, one on each node; one node dies under the first trial, another one takes its place."""
+    arguments = [*SWEEP, f"storage.url={s3.url}/parallax", f"tracking.uri={mlflow_server.uri}"]
+    submit(ray_cluster, "sweep", *arguments)
+    read_until(ray_cluster, "sweep", r"t000  seed \d  epoch 1/")
+    ray_cluster.lose_raylet()
+    ray_cluster.add_raylet()
+    assert ended(ray_cluster, "sweep", timeout_s=600) == "SUCCEEDED", log(ray_cluster, "sweep")[-5000:]
+
+    sweeps = f"{s3.url}/parallax/sweeps"
+    (path,) = (path for path in storage.list_files(sweeps) if path.endswith("/results.json"))
+    results = SweepResults.model_validate_json(storage.read_bytes(f"{sweeps}/{path}"))
+    assert [(run.trial, run.seed) for run in results.runs] == [("t000", 0), ("t000", 1), ("t001", 0), ("t001", 1)]
+    for run in results.runs:
+        assert run.status == "finished", run
+        assert [score.epoch for score in run.scores] == [1, 2, 3, 4]
+    by_mean = {trial.trial: trial.knn for trial in results.trials()}
+    assert results.final is not None
+    assert by_mean[results.final.trial] == max(by_mean.values())
+    for name in ("best.yaml", "summary.txt", "parallel-coordinates.png"):
+        assert storage.exists(f"{sweeps}/{results.sweep_id}/{name}")
+    version = MlflowClient(mlflow_server.uri).get_model_version_by_alias("ray-sweep", "champion")
+    assert version.tags["parallax.sweep_id"] == results.sweep_id
+
+    submit(ray_cluster, "sweep-again", *arguments)
+    assert ended(ray_cluster, "sweep-again") == "SUCCEEDED"
+    assert "is complete already" in log(ray_cluster, "sweep-again")
+
+
 def test_a_mistake_ends_the_job_with_its_message(ray_cluster: RayCluster, mlflow_server: MLflowServer):
-    status = submit(ray_cluster, "mistake", f"tracking.uri={mlflow_server.uri}", "storage.url=s3://no-such-bucket/x")
+    status = pretrain(ray_cluster, "mistake", f"tracking.uri={mlflow_server.uri}", "storage.url=s3://no-such-bucket/x")
     assert status == "FAILED"
     assert "no-such-bucket" in log(ray_cluster, "mistake")
     assert "Traceback" not in log(ray_cluster, "mistake")
+
+
+def test_a_cluster_too_small_says_so_while_it_waits_for_nodes(
+    ray_cluster: RayCluster, mlflow_server: MLflowServer, s3: S3
+):
+    """As long as a node may yet join, this is no error."""
+    arguments = [f"storage.url={s3.url}/parallax", f"tracking.uri={mlflow_server.uri}", "cluster.num_workers=5"]
+    submit(ray_cluster, "small", "jobs.pretrain", "configs/quickstart.yaml", *TOY, *arguments)
+    read_until(ray_cluster, "small", r"offers 2 CPUs .* 5 workers .* waiting up to 60 s for nodes")
+    get(ray_cluster, "/api/jobs/small/stop", method="POST")
+    assert ended(ray_cluster, "small") == "STOPPED"
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer " + "0" * 64}])
