@@ -58,7 +58,8 @@ def submit(cluster: RayCluster, submission_id: str, *command: str) -> None:
     submission = [ray, "job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", submission_id, "--"]
     # Only what the client needs: this environment holds no S3 keys, the nodes' does.
     env = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **cluster.env}
-    done = subprocess.run([*submission, "python", "-m", *command], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+    submission += ["python", "-m", *command]
+    done = subprocess.run(submission, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -122,7 +123,7 @@ def test_a_submitted_job_trains_on_both_nodes_and_registers_its_encoder(
 
 @pytest.mark.heavy
 def test_a_sweep_on_s3_outlives_a_node(ray_cluster: RayCluster, mlflow_server: MLflowServer, s3: S3):
-    """Two seeds per configuration, one on each node; one node dies under the first trial, another one takes its place."""
+    """Two seeds per configuration, one on each node; a node dies under the first trial, another takes its place."""
     arguments = [*SWEEP, f"storage.url={s3.url}/parallax", f"tracking.uri={mlflow_server.uri}"]
     submit(ray_cluster, "sweep", *arguments)
     read_until(ray_cluster, "sweep", r"t000  seed \d  epoch 1/")
