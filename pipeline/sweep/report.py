@@ -95,7 +95,7 @@ def summary(results: SweepResults, early_epoch: int | None = None) -> str:
     if len(tied) > 1:
         lines.append(f"a tie: {', '.join(tied)} differ by no more than the spread over their seeds")
     if finished and all(trial.spread is None for trial in finished):
-        lines.append("one seed each: what differs by less than seeds do is in no order")
+        lines.append("one seed each: differences within the noise between seeds rank nothing; sweep.seeds=3 shows it")
     if early_epoch is not None:
         early = _rho(early_and_final(results, early_epoch))
         lines.append(f"rank correlation of kNN after epoch {early_epoch} with the final: {early}")
