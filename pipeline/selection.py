@@ -21,7 +21,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import DeterministicError
 from pipeline.evaluate.config import SelectionConfig
 from pipeline.evaluate.knn import knn_predict
-from pipeline.evaluate.report import eval_mode
+from pipeline.evaluate.report import eval_mode, evenly
 from pipeline.models.backbone import Backbone
 from pipeline.progress import Progress
 
@@ -78,7 +78,7 @@ class Selection:
 
     def _accuracy(self, selection: SelectionConfig, backbone: Backbone, device: torch.device) -> Tensor:
         known, asked = _labelled(self._manifest, "train"), _labelled(self._manifest, selection.split)
-        known = known[_evenly(len(known), selection.bank_images)]
+        known = known[evenly(len(known), selection.bank_images)]
         bank_blocks, bank_bad = self._encode("train", known, backbone, device)
         blocks, bad = self._encode(selection.split, asked, backbone, device)
         self._check(distributed.all_gather_items(bank_bad + bad), len(known) + len(asked))
@@ -160,9 +160,3 @@ def _url(folder_url: str) -> str:
 def _labelled(manifest: Manifest, split: str) -> NDArray[np.int64]:
     samples = manifest.split(split)
     return samples.id[samples.label >= 0]
-
-
-def _evenly(count: int, at_most: int) -> NDArray[np.int64]:
-    """At most so many of ``count`` places, evenly spaced."""
-    chosen = min(count, at_most)
-    return np.arange(chosen) * count // chosen

@@ -82,6 +82,7 @@ def make_loader(config: Config, manifest: Manifest, device: torch.device) -> Loa
         num_workers=config.data.loader_workers,
         mirror=config.data.mirror,
         colour=loader_colours(config, device),
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -246,7 +247,10 @@ def snapshot(
 def restore(
     state: TrainState, method: Method, optimizer: torch.optim.Optimizer, config: Config, manifest: Manifest
 ) -> None:
-    """Load ``state`` in place. CheckpointError if it was written for other data or another seed."""
+    """Load ``state`` in place. CheckpointError if it was written for other data or another seed.
+
+    The optimizer's options stay the config's: a run of PBT begins with another run's state under values of its own.
+    """
     if (state["manifest_digest"], state["seed"]) != (manifest.digest, config.seed):
         raise CheckpointError(
             f"the checkpoint of step {state['step']} was written for seed {state['seed']} and shards "
@@ -254,7 +258,10 @@ def restore(
             "give the run another name"
         )
     method.load_state_dict(state["method"])
-    optimizer.load_state_dict(state["optimizer"])
+    saved = state["optimizer"]
+    options = optimizer.state_dict()["param_groups"]
+    groups = [own | {"params": old["params"]} for own, old in zip(options, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
 def _mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ SETTINGS = {
     "simclr": {"projection_bn": False, "projection_dim": 16},
     "moco_v1": {"queue_size": 40, "projection_dim": 16},
     "moco_v2": {"queue_size": 40, "projection_dim": 16},
+    "npid": {"num_samples": 50, "num_negatives": 30, "projection_dim": 16},
+    "pirl": {"num_samples": 50, "num_negatives": 30, "projection_dim": 16},
 }
 
 

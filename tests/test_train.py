@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointError
+from pipeline.checkpoint import CheckpointError, CheckpointStore
 from pipeline.collapse import CollapseError, NonFiniteLossError
 from pipeline.config import Config, load_config, override
 from pipeline.data.batch import Batch
+from pipeline.data.manifest import Manifest
+from pipeline.optim import build_optimizer
 from pipeline.progress import Progress
-from pipeline.train import to_device
+from pipeline.train import build_method, restore, to_device
 from tests import fits, gloo
 from tests.data.images import write_digits
 
@@ -87,6 +89,18 @@ def test_a_checkpoint_of_other_data_is_refused(config: Config, tmp_path: Path) -
     run(override(config, ["train.epochs=1"]), str(tmp_path))
     with pytest.raises(CheckpointError, match=r"seed 0 .* not seed 5 .* another name"):
         run(override(config, ["train.epochs=1", "seed=5"]), str(tmp_path))
+
+
+def test_options_of_a_restored_optimizer_are_the_config_s(config: Config, tmp_path: Path) -> None:
+    """A run of PBT begins with another run's weights and momentum, under values of its own."""
+    run(override(config, ["train.epochs=1"]), str(tmp_path))
+    changed = override(config, ["optim.weight_decay=0.5", "optim.momentum=0.3"])
+    method = build_method(changed)
+    optimizer = build_optimizer(method, changed.optim, peak=1.0)
+    restore(CheckpointStore(str(tmp_path)).load(4), method, optimizer, changed, Manifest.load(config.shards_url))
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.3}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
+    assert optimizer.state, "its momentum is the other run's"
 
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_its_samples(

@@ -4,6 +4,7 @@ The order is pipeline/data/plan.py's; the number of ranks and workers decides wh
 else. Memory per rank: three batches of views, plus MAX_LANES x BLOCK_BYTES / world_size of encoded images.
 """
 
+import functools
 import itertools
 import logging
 import os
@@ -72,9 +73,11 @@ class Loader:
         num_workers: int = 0,
         mirror: MirrorConfig | None = None,
         colour: bool = True,
+        pin_memory: bool = False,
     ) -> None:
         """``num_workers`` processes make this rank's rows; 0 = the calling process. ``mirror``: keep what is
         read on a local disk. ``colour=False``: leave all but crop and flip to ``DeviceColour``, with the same draws.
+        ``pin_memory``: views that go to a GPU without waiting.
 
         ValueError where the batch does not fit the split or the world size.
         """
@@ -100,6 +103,7 @@ class Loader:
         self._sizes, self._num_uniforms = augmenter.sizes, augmenter.num_uniforms
         self._num_workers = min(num_workers, per_rank)
         self._mirror = mirror
+        self._pin_memory = pin_memory
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of global steps [start_step, end_step): views (B / W, 3, S, S) uint8, epoch after epoch.
@@ -113,13 +117,11 @@ class Loader:
 
     def _batches_here(self, start_step: int, end_step: int) -> Iterator[Batch]:
         assembler = Assembler(self._manifest, self._rows, self._mirror)
-        n = self._rows.end - self._rows.start
         try:
             for step in range(start_step, end_step):
-                views = [np.empty((n, 3, size, size), np.uint8) for size in self._sizes]
-                ids = np.empty(n, np.int64)
-                self._note(assembler.fill(step, end_step, views, ids))
-                yield Batch([torch.from_numpy(view) for view in views], torch.from_numpy(ids), self._draws(step))
+                views, ids = self._empty()
+                self._note(assembler.fill(step, end_step, [view.numpy() for view in views], ids.numpy()))
+                yield Batch(views, ids, self._draws(step))
         finally:
             assembler.close()
 
@@ -129,10 +131,18 @@ class Loader:
                 workers.order(step, end_step)
             for step in range(start_step, end_step):
                 self._note(workers.wait_for(step))
-                batch = workers.copy_of(step)._replace(draws=self._draws(step))
+                views, ids = self._empty()
+                for ours, shared in zip([*views, ids], workers.filled(step), strict=True):
+                    ours.numpy()[:] = shared
                 if step + _SLOTS < end_step:
                     workers.order(step + _SLOTS, end_step)
-                yield batch
+                yield Batch(views, ids, self._draws(step))
+
+    def _empty(self) -> tuple[list[Tensor], Tensor]:
+        """Memory for a batch: views (n, 3, S, S) uint8 and sample ids (n,)."""
+        n = self._rows.end - self._rows.start
+        views = [torch.empty(n, 3, size, size, dtype=torch.uint8, pin_memory=self._pin_memory) for size in self._sizes]
+        return views, torch.empty(n, dtype=torch.int64, pin_memory=self._pin_memory)
 
     def _draws(self, step: int) -> Tensor | None:
         """What ``DeviceColour`` needs at ``step``: the rows of the table that the assemblers draw from."""
@@ -249,10 +259,9 @@ class _Workers:
         bad, self._bad = self._bad, []
         return bad
 
-    def copy_of(self, step: int) -> Batch:
-        """The batch of a filled step, no longer shared."""
-        *views, ids = self._slots[step % _SLOTS]
-        return Batch([torch.from_numpy(view.copy()) for view in views], torch.from_numpy(ids.copy()))
+    def filled(self, step: int) -> list[NDArray[Any]]:
+        """The views and the sample ids of a filled step, until its slot is ordered again."""
+        return self._slots[step % _SLOTS]
 
     def _died(self, process: subprocess.Popen[bytes]) -> WorkerError:
         code = process.wait(_STOP_S)
@@ -396,7 +405,17 @@ def shorter_side(size: int) -> int:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32, (x / 255 - mean) / std per channel, on the images' device."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    """uint8 (N, 3, H, W) -> torch's default dtype, (x / 255 - mean) / std per channel, on the images' device."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device, torch.get_default_dtype())
     return torch.addcmul(shift, images, scale)
+
+
+@functools.cache
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """On the device once: a copy from unpinned memory in every step would wait for the step before."""
+    with torch.inference_mode(False):  # the first to ask may be an evaluation
+        scale = torch.tensor([1 / (255 * s) for s in std], device=device, dtype=dtype)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device, dtype=dtype)
+        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)

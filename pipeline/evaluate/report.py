@@ -98,7 +98,8 @@ def evaluate_encoder(
 
     ``backbone`` is on ``device``; it is evaluated in eval mode and gets its modes back. ``seed`` is the run's: it gives
     the random baseline the weights that training began with, and draws the probe's held-out rows. Unlabelled images
-    take part in the diagnostics only; without labels of 2 classes in both splits the report says so instead. Images
+    take part in the diagnostics only; without labels of 2 classes in both splits the report says so instead. Of the
+    labelled train images at most ``config.train_images`` are used, evenly spaced, which a note tells. Images
     that cannot be decoded are left out, at most ``max_bad_share`` of a split. The notes count both.
     The diagnostics use at most 8192 images, evenly spaced over the validation split (the first of the train split
     if there is none); the positive of an image for ``alignment`` is its central 7/8, enlarged to full size.
@@ -116,7 +117,8 @@ def evaluate_encoder(
     validation_ids, validation_labels = _samples(manifest, "validation")
     labelled_train, labelled_validation = train_ids[train_labels >= 0], validation_ids[validation_labels >= 0]
     num_classes = len(np.unique(train_labels[train_labels >= 0]))
-    num_train, num_validation = len(labelled_train), len(labelled_validation)
+    known = labelled_train[evenly(len(labelled_train), config.train_images or len(labelled_train))]
+    num_train, num_validation = len(known), len(labelled_validation)
     obstacle = _obstacle(num_train, num_validation, num_classes)
     notes: list[str] = []
     scores: list[Score] = []
@@ -130,9 +132,15 @@ def evaluate_encoder(
             encoded = encode(split, diagnosed)
         else:
             encoded = encode(split, np.union1d(diagnosed, labelled_validation), pixels=baselines)
-            bank = encode("train", labelled_train, pixels=baselines)
+            bank = encode("train", known, pixels=baselines)
             queries = encoded.where(encoded.labels >= 0)
-            notes += _left_out("without a label", len(train_ids) - num_train, len(validation_ids) - num_validation)
+            unlabelled = len(train_ids) - len(labelled_train), len(validation_ids) - num_validation
+            notes += _left_out("without a label", *unlabelled)
+            if len(known) < len(labelled_train):
+                notes.append(
+                    f"kNN and linear probe know {len(known):,} of {len(labelled_train):,} labelled train images, "
+                    "evenly spaced; evaluate.train_images=null takes all"
+                )
             notes += _left_out("not decodable", num_train - len(bank.ids), num_validation - len(queries.ids))
             num_train, num_validation = len(bank.ids), len(queries.ids)
             chance = _share(queries.labels == bank.labels.mode().values)
@@ -252,6 +260,12 @@ def _central_crop(images: Tensor) -> Tensor:
     margin = max(1, size // 16)
     centre = images[:, :, margin : size - margin, margin : size - margin]
     return F.interpolate(centre, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def evenly(count: int, at_most: int) -> NDArray[np.int64]:
+    """At most so many of ``count`` places, evenly spaced."""
+    chosen = min(count, at_most)
+    return np.arange(chosen) * count // max(chosen, 1)
 
 
 @contextmanager

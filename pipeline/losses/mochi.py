@@ -53,16 +53,19 @@ class Draws:
 def mixtures(query: Tensor, negatives: Tensor, is_own: Tensor | None, hardest: int, draws: Draws) -> Tensor:
     """(B, s + s', D) synthetic negatives of length 1 for queries (B, D), from keys (K, D), K >= ``hardest``.
 
-    ``is_own`` (B, K): keys of the query's own sample, which are never mixed.
+    ``is_own`` (B, K): keys of the query's own sample, which are never mixed; a query that meets fewer than ``hardest``
+    others mixes those.
     """
     negatives = negatives.to(query.dtype)
     similarity = query @ negatives.T  # (B, K)
+    others = similarity.new_full((len(query), 1), hardest, dtype=torch.int64)
     if is_own is not None:
         similarity.masked_fill_(is_own, -torch.inf)
+        others = (~is_own).sum(1, keepdim=True).clamp(1, hardest)
     hard = similarity.topk(hardest, dim=1).indices  # (B, N), the hardest first
 
     def picked(places: Tensor) -> Tensor:
-        return negatives[hard.gather(1, places)]
+        return negatives[hard.gather(1, places % others)]
 
     share, query_share = (x.to(query.dtype)[..., None] for x in (draws.shares, draws.query_shares))
     of_pairs = share * picked(draws.pairs[..., 0]) + (1 - share) * picked(draws.pairs[..., 1])

@@ -43,10 +43,15 @@ class PIRL(NPID):
         self.rotated_head = nn.Linear(backbone.feature_dim, config.projection_dim)
         self.rotated_weight = config.rotated_weight
 
+    def begin(self, sample_ids: Tensor) -> None:
+        """Choose the step's rotation: micro-batches are embedded once more after the bank has moved on."""
+        super().begin(sample_ids)
+        self._quarter_turns = 1 + self.bank.steps % 3
+
     def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         """(f, g), of length 1: of the plain view and of the rotated one."""
         plain, other = views
-        rotated = torch.rot90(other, 1 + self.bank.steps % 3, dims=(2, 3))
+        rotated = torch.rot90(other, self._quarter_turns, dims=(2, 3))
         f, g = self.projection_head(self.backbone(plain)), self.rotated_head(self.backbone(rotated))
         return normalize(f), normalize(g)
 

@@ -69,7 +69,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.net = create_timm_model(config)
-        self.feature_dim = int(self.net.num_features)  # type: ignore[arg-type] # an int attribute of every timm model
+        # Some families (MobileNet, VGG) have a layer between the last features and the pooled output.
+        self.feature_dim = int(getattr(self.net, "head_hidden_size", None) or self.net.num_features)  # type: ignore[arg-type] # ints
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.net(images)

@@ -183,6 +183,18 @@ def test_k_is_lowered_to_the_bank_with_a_note(manifest: Manifest) -> None:
     assert lowered.metrics()["knn/encoder"] == whole_bank.metrics()["knn/encoder"]
 
 
+def test_some_of_the_train_images_are_enough_with_a_note(tmp_path: Path, manifest: Manifest) -> None:
+    some = evaluate(tiny_backbone(), manifest, baselines=False, train_images=TRAIN // 3)
+    assert some.notes == (
+        f"kNN and linear probe know {TRAIN // 3} of {TRAIN} labelled train images, evenly spaced; "
+        "evaluate.train_images=null takes all",
+    )
+    assert some.train_images == TRAIN // 3
+    every_third = set(manifest.keys()[manifest.split("train").first_id :][:TRAIN:3])
+    third = shards(tmp_path, lambda s: s if s.split == "validation" or s.key in every_third else None)
+    assert some.scores == evaluate(tiny_backbone(), third, baselines=False).scores
+
+
 def test_features_that_are_not_finite_stop_the_evaluation(manifest: Manifest) -> None:
     backbone = tiny_backbone()
     with torch.no_grad():

@@ -37,6 +37,15 @@ def test_mixtures_are_those_of_the_paper(exclude: bool) -> None:
             torch.testing.assert_close(actual[b, 5 + m], h / h.norm())
 
 
+def test_own_keys_are_not_mixed_where_others_are_fewer_than_the_hardest() -> None:
+    negatives = torch.eye(8, dtype=torch.float64)
+    own = torch.arange(8)[None] >= 3  # three others for a query that asks for six
+    synthetic = mixtures(negatives[7:], negatives, own, CONFIG.hardest, Draws.of(CONFIG, 1, seed=3))
+    of_pairs, with_query = synthetic[0].split([5, 3])
+    assert (of_pairs[:, 3:] == 0).all()
+    assert (with_query[:, 3:7] == 0).all()
+
+
 def test_draws_cover_their_ranges_and_repeat() -> None:
     config = MochiConfig(hardest=4, mixed=200, with_query=200)
     draws = Draws.of(config, 20, seed=1)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.models.backbone import BackboneConfig, create_timm_model, random_backbone
+from pipeline.models.backbone import Backbone, BackboneConfig, create_timm_model, random_backbone
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet10t"])
@@ -41,3 +41,12 @@ def test_the_cifar_stem_is_initialised_as_the_other_convolutions_from_the_seed()
 def test_what_does_not_fit_is_said_with_what_does(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         BackboneConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "vit_small_patch16_224", "mobilenetv3_large_100", "vgg11_bn", "hgnetv2_b0"]
+)
+def test_feature_dim_is_the_width_of_the_output(name: str) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(BackboneConfig(name=name)).eval()
+        assert backbone(torch.empty(1, 3, 224, 224)).shape == (1, backbone.feature_dim)
