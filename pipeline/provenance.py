@@ -15,6 +15,7 @@ def git_sha() -> str:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout around us is of another project
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../jobs")
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (subprocess.CalledProcessError, FileNotFoundError):  # not a checkout, or no git

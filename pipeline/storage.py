@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 
 CONNECT_TIMEOUT_S = 3
 READ_TIMEOUT_S = 5
+_PART = ".part"  # ends the names of files that are being written
 S3_ATTEMPTS = 3  # s3fs's own retries, 0.1 and 0.17 s apart; botocore's are off, they would multiply
 SIGNATURE_LIFETIME_S = 3600
 
@@ -132,7 +133,7 @@ class Listed:
 def list_files(folder_url: str) -> dict[str, Listed]:
     """Relative name (with ``/`` for what lies deeper) -> every file below a folder, by one listing.
 
-    A folder that is not there is empty.
+    A folder that is not there is empty. What is being written, or was when its writer was killed, is not in it.
     """
     with _explained("list", folder_url):
         if is_remote(folder_url):
@@ -144,9 +145,13 @@ def list_files(folder_url: str) -> dict[str, Listed]:
                 if path != root
             }
         folder = _local(folder_url)
-        files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-        stats = {file.relative_to(folder).as_posix(): file.stat() for file in files}
-        return {name: Listed(stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats.items()}
+        found = {}
+        for parent, _, names in os.walk(folder):
+            for file in (Path(parent, name) for name in names if not name.endswith(_PART)):
+                with suppress(FileNotFoundError):  # deleted since the folder was read
+                    stat = file.stat()
+                    found[file.relative_to(folder).as_posix()] = Listed(stat.st_size, str(stat.st_mtime_ns))
+        return found
 
 
 def list_sizes(folder_url: str) -> dict[str, int]:
@@ -204,7 +209,7 @@ def _local(url: str) -> Path:
 def _replacing(target: Path) -> Iterator[Path]:
     """A temporary neighbour of ``target`` that becomes ``target`` once it is on the disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent)
     os.close(handle)
     part = Path(name)
     try:

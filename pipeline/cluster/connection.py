@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 
@@ -26,23 +26,26 @@ class ClusterError(UserError):
 
 
 @contextmanager
-def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[None]:
+def connected(cluster: ClusterConfig, durable: Mapping[str, str], groups: int = 1) -> Iterator[None]:
     """Ray, joined at ``cluster.address`` or $RAY_ADDRESS, or else started here and ended with the block.
 
-    ``durable``: option -> URL that every node must reach and that must outlive the job.
+    ``durable``: option -> URL that every node must reach and that must outlive the job. ``groups``: of workers that run
+    side by side; a Ray of our own pretends to the CPUs that they ask for. ClusterError if no Ray answers, or if what
+    it offers stays too little.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         _refuse_private_storage(durable)
     # A Ray of our own: "local" never joins a stranger's cluster that happens to run on this machine.
-    ray.init(
-        address=address or "local",
-        num_cpus=None if address else _cpus_of_our_own(cluster),
-        include_dashboard=None if address else False,
-        runtime_env={"env_vars": {**_WORKER_ENV, **cluster.env}},
-        log_to_driver=False,
-        logging_level="error",  # at "warning" it tells of its own token set-up
-    )
+    with _reachable(address, "cluster.address") if address else nullcontext():
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else _cpus_of_our_own(cluster, groups),
+            include_dashboard=None if address else False,
+            runtime_env={"env_vars": {**_WORKER_ENV, **cluster.env}},
+            log_to_driver=False,
+            logging_level="error",  # at "warning" it tells of its own token set-up
+        )
     try:
         _require_resources(cluster, patience_s=_RESOURCES_WAIT_S if address else 0)  # nothing joins a Ray of our own
         yield
@@ -54,46 +57,56 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
 def joined(address: str | None) -> Iterator[None]:
     """A Ray that runs already: at ``address``, $RAY_ADDRESS, or on this machine. ClusterError if there is none."""
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    try:
-        if address != "auto":
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+    with _reachable(address, "--address"):
         ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray answers at {address}: {error}; give --address <head's ip>:6379, or set RAY_ADDRESS to it"
-        ) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _cpus_of_our_own(cluster: ClusterConfig) -> int:
-    return max(os.cpu_count() or 1, round(cluster.num_workers * cluster.cpus_per_worker + 0.5))
+@contextmanager
+def _reachable(address: str, option: str) -> Iterator[None]:
+    """ClusterError where the block cannot join the Ray at ``address``."""
+    try:
+        if address not in ("auto", "local"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+        yield
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray answers at {address}: {error}; give {option} as <head's ip>:6379, or set RAY_ADDRESS to it"
+        ) from error
+
+
+def workers_that_fit(cluster: ClusterConfig) -> int:
+    """How many workers the nodes of the connected cluster hold in all; a worker is never split between nodes."""
+    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        int(min((node.get(name, 0) + 1e-9) // amount for name, amount in per_worker.items() if amount))
+        for node in nodes
+    )
+
+
+def _cpus_of_our_own(cluster: ClusterConfig, groups: int) -> int:
+    return max(os.cpu_count() or 1, round(groups * cluster.num_workers * cluster.cpus_per_worker + 0.5))
 
 
 def _require_resources(cluster: ClusterConfig, patience_s: float) -> None:
-    """ClusterError if the cluster's total stays below what the worker group needs: Ray would wait for ever.
+    """ClusterError if the cluster's nodes stay too few for the worker group: Ray would wait for ever.
 
     What is missing is told at once, in the log, also where nodes may yet join.
     """
-    needed = {
-        "CPU": cluster.num_workers * cluster.cpus_per_worker,
-        "GPU": cluster.num_workers * cluster.gpus_per_worker,
-    }
     deadline = time.monotonic() + patience_s
     told = False
-    while True:
+    while (held := workers_that_fit(cluster)) < cluster.num_workers:
         offered = ray.cluster_resources()
-        short = {name: amount for name, amount in needed.items() if offered.get(name, 0) < amount}
-        if not short:
-            return
         problem = (
-            f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs, but "
-            f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} "
-            f"GPUs need {needed['CPU']:g} and {needed['GPU']:g}; lower cluster.num_workers, "
-            "cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
+            f"the cluster offers {offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs on "
+            f"{sum(node['Alive'] for node in ray.nodes())} nodes, which hold {held} workers of "
+            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs; {cluster.num_workers} are wanted: "
+            "lower cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
         )
         if time.monotonic() >= deadline:
             raise ClusterError(problem)

@@ -82,7 +82,8 @@ def embed_shards(
     Columns: sample_id int64 (the manifest's), embedding float32 (fixed-size list), model_name, model_version int32.
     Images that cannot be decoded have no row. Raises EmbedError if they are more than MAX_BAD_SHARE of the
     splits, if ``out_url`` holds the embeddings of another encoder or of other data, or if a shard is damaged or
-    cannot be read; what was written until then stays and is not done again.
+    cannot be read; what was written until then stays and is not done again, but for shards of which images are missing
+    where those are too many.
     """
     started = time.monotonic()
     shards = [i for i, split in enumerate(manifest.shards.split) if split in splits]
@@ -106,15 +107,21 @@ def embed_shards(
         num_gpus=gpus_per_actor,
         fn_constructor_args=(ray.put(encoder), ray.put(manifest), out_url, batch_size),
     )
+    with_gaps: list[str] = []
     for row in rows.iter_rows():
         if row["error"]:
             raise EmbedError(f"{manifest.shard_url(int(row['shard']))}: {row['error']}")
         embedded = int(row["images"])
-        undecodable = done.undecodable + int(manifest.shards.count[row["shard"]]) - embedded
+        gap = int(manifest.shards.count[row["shard"]]) - embedded
+        undecodable = done.undecodable + gap
+        if gap:
+            with_gaps.append(storage.join(out_url, _file_name(manifest, int(row["shard"]))))
         seconds = time.monotonic() - started
         done = Embedded(done.shards + 1, done.of_shards, done.images + embedded, undecodable, seconds)
         on_progress(done)
         if undecodable > MAX_BAD_SHARE * total:
+            for url in with_gaps:  # the next attempt has to count them again
+                storage.delete(url)
             raise EmbedError(
                 f"{undecodable} of {total} images cannot be decoded, the last ones in "
                 f"{manifest.shard_url(int(row['shard']))}; at most {MAX_BAD_SHARE:.0%} may be left out: "

@@ -187,8 +187,9 @@ class Tracker:
             self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
-        """Log what the run amounts to, at its last step, at once."""
-        self.log(max(self._last_step.values(), default=0), metrics)
+        """Log what the run amounts to, at its last step, at once; an evaluation taken again replaces the one before."""
+        step, now_ms = max(self._last_step.values(), default=0), int(time.time() * 1000)
+        self._buffer += [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
         with server_errors(self._uri):
             self._flush()
 
