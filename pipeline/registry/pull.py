@@ -63,10 +63,10 @@ def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
 
     Raises RegistryError if there is no such model or the server does not answer, ExportError if a file is damaged.
     """
+    out_dir = out_dir.absolute()
     if out_dir.exists():
         raise RegistryError(f"{out_dir} exists already; name a folder that does not, e.g. {_free(out_dir)}")
     resolved = resolve(model_uri, tracking_uri)
-    out_dir = out_dir.absolute()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:

@@ -130,6 +130,7 @@ class Tracker:
         self._params: dict[str, str] = run.data.params
         # A metric's last logged step. Replayed steps are dropped: MLflow would keep both points.
         self._last_step: dict[str, int] = {m.key: m.step for m in run.data.to_proto().metrics}
+        self._logged: dict[str, float] = run.data.metrics  # before this tracker
         self._uri = tracking_uri
         self._buffer: list[Metric] = []
         self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
@@ -187,9 +188,11 @@ class Tracker:
             self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
-        """Log what the run amounts to, at its last step, at once; an evaluation taken again replaces the one before."""
+        """Log what the run amounts to, at its last step, at once. What an earlier tracker logged is left out, unless
+        it has changed: the run was evaluated again."""
         step, now_ms = max(self._last_step.values(), default=0), int(time.time() * 1000)
-        self._buffer += [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
+        changed = {key: float(value) for key, value in metrics.items() if self._logged.get(key) != value}
+        self._buffer += [Metric(key, value, now_ms, step) for key, value in changed.items()]
         with server_errors(self._uri):
             self._flush()
 

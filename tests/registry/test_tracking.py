@@ -54,6 +54,9 @@ def test_final_metrics_are_logged_once_at_the_last_step(tracking_uri: str, exper
             tracker.log(30, {"loss": 1.0})
             tracker.log_final({"knn/encoder": 0.9})
     assert history(tracking_uri, tracker, "knn/encoder") == [(30, 0.9)]
+    with Tracker(tracking_uri, experiment, "run-1") as tracker:
+        tracker.log_final({"knn/encoder": 0.8})  # evaluated again, with other settings
+    assert history(tracking_uri, tracker, "knn/encoder") == [(30, 0.9), (30, 0.8)]
 
 
 def test_config_and_data_are_logged_and_a_change_on_resume_is_kept_as_a_tag(tracking_uri: str, experiment: str) -> None:
