@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+import numpy as np
 from isal.isal_zlib import crc32
 
 from pipeline import storage
@@ -179,7 +180,11 @@ def _label_of(members: dict[str, Member]) -> int:
 
 
 def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
-    """The regular files of a ustar, GNU or pax archive, each read once. StorageError unless it is whole."""
+    """The regular files of a ustar, GNU or pax archive, each read once. StorageError unless it is whole.
+
+    A block of zeros ends it, so only zeros may follow: what lies behind a hole in a file, or in a second archive behind
+    the first, would be lost to every reader of tars.
+    """
     where = manifest.shard_url(shard)
     stream = _Stream(fetch, shard, int(manifest.shards.size[shard]))
     long_name = ""
@@ -189,6 +194,11 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
             raise StorageError(f"{where} ends at byte {at} without the end-of-archive mark: it is truncated")
         header = stream.take(_BLOCK)
         if not any(header):
+            if (beyond := stream.skip_zeros()) is not None:
+                raise StorageError(
+                    f"{where}: the block of zeros at byte {at} ends the archive, but byte {beyond} is not zero; where "
+                    "the file has a hole, fetch it again; where it is several tars in one, give each a file of its own"
+                )
             return
         if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156]):
             raise StorageError(f"{where}: the tar header at byte {at} is damaged (its checksum is wrong)")
@@ -251,6 +261,15 @@ class _Stream:
         for part in self._parts(count):
             value = crc32(part, value)
         return value
+
+    def skip_zeros(self) -> int | None:
+        """Where the first byte from here on lies that is not zero; None, at the end of the shard, if there is none."""
+        at = self.position
+        for part in self._parts(self.left):
+            if (nonzero := np.frombuffer(part, np.uint8) != 0).any():
+                return at + int(nonzero.argmax())
+            at += len(part)
+        return None
 
     def _parts(self, count: int) -> Iterator[memoryview]:
         while count:

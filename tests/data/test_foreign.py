@@ -129,8 +129,10 @@ DAMAGED = 4 * 1024 + 20  # in the fifth member's header
         (lambda data: data.__setitem__(DAMAGED, data[DAMAGED] ^ 1), "tar header .* damaged"),
         (lambda data: data.__delitem__(slice(DAMAGED - 20, None)), "truncated"),
         (lambda data: data.__delitem__(slice(DAMAGED - 3, None)), "truncated"),
+        (lambda data: data.__setitem__(slice(2048, 4096), bytes(2048)), "at byte 2048 ends .* byte 4096 is not zero"),
+        (lambda data: data.extend(data), "at byte 6144 ends .* byte 10240 is not zero; .* a file of its own"),
     ],
-    ids=["flipped header", "cut at a header", "cut in a header"],
+    ids=["flipped header", "cut at a header", "cut in a header", "a hole of zeros", "two tars in one"],
 )
 def test_a_damaged_or_cut_tar_is_an_error(tmp_path: Path, damage: object, words: str) -> None:
     write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"0" * 512) for i in range(6)])
