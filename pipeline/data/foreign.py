@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch, read_range
 from pipeline.data.manifest import Manifest, build_manifest
 from pipeline.data.receipts import Receipts, ShardRows, fingerprint
-from pipeline.data.sources import IMAGE_EXTENSIONS
+from pipeline.data.sources import IMAGE_EXTENSIONS, number_labels
 from pipeline.data.writer import commit_manifest
 from pipeline.storage import StorageError
 
@@ -59,7 +59,8 @@ def index_shards(
     time), are not walked again. ``on_progress`` gets the bytes that are done and all bytes, after each shard.
 
     The split is the first of train, val(idation), test in a shard's name, or "train". A sample's label is in its
-    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none.
+    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none; what does not
+    number classes, e.g. keys of a database, names them (``sources.number_labels``).
     StorageError where there are no tars, or one is damaged, truncated, or has a key at two places.
     """
     url = storage.resolve(url)
@@ -97,8 +98,10 @@ def index_shards(
     shards = [rows for rows in walked if rows.columns["key"]]
     if not shards:
         raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
-    highest = max(max(rows.columns["label"]) for rows in shards)
-    manifest = commit_manifest(url, tuple(str(n) for n in range(highest + 1)), shards)
+    class_names, numbers = number_labels(label for rows in shards for label in rows.columns["label"])
+    for rows in shards:
+        rows.columns["label"] = [numbers[label] for label in rows.columns["label"]]
+    manifest = commit_manifest(url, class_names, shards)
     receipts.clear()
     return Indexed(manifest, sum(rows.without_image for rows in walked))
 

@@ -101,6 +101,15 @@ def test_long_names_in_every_format(tmp_path: Path, tar_format: int) -> None:
     assert manifest.keys() == [name.removesuffix(".jpg") for name, _ in members]
 
 
+def test_labels_that_are_keys_of_a_database_name_their_classes(tmp_path: Path) -> None:
+    """As numbers of classes they would be 3 billion, most of them empty, and more than an int32."""
+    labels = [b"3000000000", b"7", b"-1", b"20000000", b"7"]
+    write_tar(tmp_path / "a.tar", [m for i, x in enumerate(labels) for m in ((f"{i}.jpg", image(i)), (f"{i}.cls", x))])
+    manifest = index_shards(str(tmp_path)).manifest
+    assert manifest.class_names == ("7", "20000000", "3000000000")
+    assert manifest.samples.label.tolist() == [2, 0, -1, 1, 0]
+
+
 def test_our_own_shards_index_to_the_same_manifest(tmp_path: Path) -> None:
     written = write_photos(str(tmp_path), 50)
     for name in ("manifest.json", "samples.parquet", "shards.parquet"):

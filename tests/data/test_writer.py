@@ -226,6 +226,8 @@ def test_tables_of_paths_and_labels(tmp_path: Path) -> None:
         (["1", "-1", "0"], ("0", "1"), [1, -1, 0]),
         ([2.0, float("nan"), 0.0], ("0", "1", "2"), [2, -1, 0]),
         (["b", None, "a"], ("a", "b"), [1, -1, 0]),
+        (["20000000", "-1", "7"], ("7", "20000000"), [1, -1, 0]),
+        ([21_842, 3, -1], tuple(map(str, range(21_843))), [21_842, 3, -1]),
     ],
 )
 def test_a_label_that_is_missing_is_none_and_no_class(
