@@ -76,8 +76,9 @@ class Assembler:
         """Write the rows of global ``step`` into ``views`` (n, 3, S, S) and ``sample_ids`` (n,).
 
         ``end_step`` bounds the reading ahead. Returns the samples met that cannot be decoded; each is replaced by
-        the next of its block, or of the next lane's where its block (one sample long at an epoch's edges) has none
-        that can. So the other rows, and every other layout of workers, see the same.
+        one that its block holds for another step, or for this one where the block (one step long at an epoch's edges)
+        has no other, or by one of the next lane's block. So the other rows, and every other layout of workers, see the
+        same.
         """
         plan, rows = self._plan, self._rows
         epoch, local = divmod(step, plan.steps_per_epoch)
@@ -101,15 +102,24 @@ class Assembler:
     def _candidates(
         self, epoch: int, local: int, lane: int, within: int, block: Block
     ) -> Iterator[tuple[int, memoryview]]:
-        """(id, payload) of the sample whose turn it is, then of those that may replace it."""
-        at = local * self._plan.batch_per_lane + within - block.start
+        """(id, payload) of the sample whose turn it is, then of those that may replace it.
+
+        Of a block they are the next step's, from this row on, and so on to this step's own: an image that is twice in
+        a batch would be its own negative. A block holds whole steps.
+        """
+        per_lane = self._plan.batch_per_lane
+        first = local * per_lane - block.start
+        yield block.ids[first + within], block.payload(first + within)
         for beside in range(self._plan.lanes):
             if beside:
                 other = (lane + beside) % self._plan.lanes
                 block = self._reader.read((epoch, other, self._plan.block_of(local, other)))
-            for after in range(len(block.ids)):
-                place = (at + after) % len(block.ids)
-                yield block.ids[place], block.payload(place)
+                first = local * per_lane - block.start
+            for later in range(per_lane, len(block.ids) + 1, per_lane):
+                for after in range(per_lane):
+                    place = (first + later) % len(block.ids) + (within + after) % per_lane
+                    if beside or place != first + within:
+                        yield block.ids[place], block.payload(place)
 
     def _first_decodable(
         self, candidates: Iterator[tuple[int, memoryview]], bad: list[BadSample]

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 MAX_PIXELS = 100_000_000  # a 100-megapixel camera; 300 MB once decoded
 
@@ -98,6 +99,14 @@ def _decode_pil(data: bytes | memoryview) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             upright = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                # PIL would clip these at 255, to white. A TIFF may have 12 bits; PIL scales a PGM's to 16
+                bits = int(image.tag_v2[BITSPERSAMPLE][0]) if isinstance(image, TiffImageFile) else 16
+                return (np.asarray(upright)[..., None] >> (bits - 8)).astype(np.uint8).repeat(3, axis=2)
+            if image.mode in ("I", "F"):
+                raise UndecodableError(
+                    f"numbers of unknown range (PIL's mode {image.mode}); gray files of 8 or 16 unsigned bits work"
+                )
             return np.asarray(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UndecodableError(f"damaged image: {error}") from error

@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+import numpy as np
 from isal.isal_zlib import crc32
 
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch, read_range
 from pipeline.data.manifest import Manifest, build_manifest
 from pipeline.data.receipts import Receipts, ShardRows, fingerprint
-from pipeline.data.sources import IMAGE_EXTENSIONS
+from pipeline.data.sources import IMAGE_EXTENSIONS, number_labels
 from pipeline.data.writer import commit_manifest
 from pipeline.storage import StorageError
 
@@ -58,7 +59,8 @@ def index_shards(
     time), are not walked again. ``on_progress`` gets the bytes that are done and all bytes, after each shard.
 
     The split is the first of train, val(idation), test in a shard's name, or "train". A sample's label is in its
-    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none.
+    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none; what does not
+    number classes, e.g. keys of a database, names them (``sources.number_labels``).
     StorageError where there are no tars, or one is damaged, truncated, or has a key at two places.
     """
     url = storage.resolve(url)
@@ -96,8 +98,10 @@ def index_shards(
     shards = [rows for rows in walked if rows.columns["key"]]
     if not shards:
         raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
-    highest = max(max(rows.columns["label"]) for rows in shards)
-    manifest = commit_manifest(url, tuple(str(n) for n in range(highest + 1)), shards)
+    class_names, numbers = number_labels(label for rows in shards for label in rows.columns["label"])
+    for rows in shards:
+        rows.columns["label"] = [numbers[label] for label in rows.columns["label"]]
+    manifest = commit_manifest(url, class_names, shards)
     receipts.clear()
     return Indexed(manifest, sum(rows.without_image for rows in walked))
 
@@ -179,7 +183,11 @@ def _label_of(members: dict[str, Member]) -> int:
 
 
 def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
-    """The regular files of a ustar, GNU or pax archive, each read once. StorageError unless it is whole."""
+    """The regular files of a ustar, GNU or pax archive, each read once. StorageError unless it is whole.
+
+    A block of zeros ends it, so only zeros may follow: what lies behind a hole in a file, or in a second archive behind
+    the first, would be lost to every reader of tars.
+    """
     where = manifest.shard_url(shard)
     stream = _Stream(fetch, shard, int(manifest.shards.size[shard]))
     long_name = ""
@@ -189,6 +197,11 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
             raise StorageError(f"{where} ends at byte {at} without the end-of-archive mark: it is truncated")
         header = stream.take(_BLOCK)
         if not any(header):
+            if (beyond := stream.skip_zeros()) is not None:
+                raise StorageError(
+                    f"{where}: the block of zeros at byte {at} ends the archive, but byte {beyond} is not zero; where "
+                    "the file has a hole, fetch it again; where it is several tars in one, give each a file of its own"
+                )
             return
         if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156]):
             raise StorageError(f"{where}: the tar header at byte {at} is damaged (its checksum is wrong)")
@@ -251,6 +264,15 @@ class _Stream:
         for part in self._parts(count):
             value = crc32(part, value)
         return value
+
+    def skip_zeros(self) -> int | None:
+        """Where the first byte from here on lies that is not zero; None, at the end of the shard, if there is none."""
+        at = self.position
+        for part in self._parts(self.left):
+            if (nonzero := np.frombuffer(part, np.uint8) != 0).any():
+                return at + int(nonzero.argmax())
+            at += len(part)
+        return None
 
     def _parts(self, count: int) -> Iterator[memoryview]:
         while count:

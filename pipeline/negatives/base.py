@@ -61,7 +61,7 @@ class Slots(Protocol):
 
     def update(self, embeddings: Tensor, momentum: float) -> None:
         """Move the slots of all ranks' samples to ``momentum`` x the old direction and 1 - ``momentum`` x that of this
-        rank's embeddings (B, D)."""
+        rank's embeddings (B, D). Of a sample that comes twice, the last one in the last rank counts."""
         ...
 
     def gauges(self) -> dict[str, float]:

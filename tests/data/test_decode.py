@@ -67,6 +67,17 @@ def test_16_bit_keeps_the_high_byte() -> None:
     assert np.array_equal(decode(cv2.imencode(".png", deep[..., ::-1])[1].tobytes()), photo(20, 30))
     gray = np.ascontiguousarray(deep[..., 0])
     assert np.array_equal(decode(cv2.imencode(".png", gray)[1].tobytes())[..., 1], photo(20, 30)[..., 0])
+    for kind, deep_gray in (("TIFF", gray), ("TIFF", gray.astype(">u2")), ("PPM", gray), ("JPEG2000", gray)):
+        decoded = decode(encoded(Image.fromarray(deep_gray), kind))
+        assert np.array_equal(decoded, photo(20, 30)[..., [0, 0, 0]]), kind
+
+
+def test_a_tiff_of_12_bits_keeps_the_high_8() -> None:
+    data = bytes.fromhex("123fff8007f0")  # 0x123, 0xFFF, 0x800, 0x7F0
+    tags = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: len(data)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + directory + bytes(4)
+    assert decode(tiff)[..., 0].tolist() == [[0x12, 0xFF], [0x80, 0x7F]]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -95,8 +106,22 @@ def lying_jpeg() -> bytes:
         (lying_jpeg(), "60000 x 60000 pixels; at most"),
         (encoded(RGB, "WEBP")[:200], "unreadable|damaged"),
         (encoded(RGB, "TIFF")[:2000], "image|header"),
+        (encoded(Image.fromarray(np.full((9, 9), 70_000, np.int32)), "TIFF"), r"unknown range \(PIL's mode I\); .* 16"),
+        (encoded(Image.fromarray(np.full((9, 9), 0.5, np.float32)), "TIFF"), r"unknown range \(PIL's mode F\); .* 16"),
     ],
-    ids=["empty", "garbage", "2 bytes", "cut jpeg", "cut png", "bomb", "lying jpeg", "cut webp", "cut tiff"],
+    ids=[
+        "empty",
+        "garbage",
+        "2 bytes",
+        "cut jpeg",
+        "cut png",
+        "bomb",
+        "lying jpeg",
+        "cut webp",
+        "cut tiff",
+        "32 bits",
+        "floats",
+    ],
 )
 def test_what_cannot_be_used_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(UndecodableError, match=reason):

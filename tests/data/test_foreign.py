@@ -101,6 +101,15 @@ def test_long_names_in_every_format(tmp_path: Path, tar_format: int) -> None:
     assert manifest.keys() == [name.removesuffix(".jpg") for name, _ in members]
 
 
+def test_labels_that_are_keys_of_a_database_name_their_classes(tmp_path: Path) -> None:
+    """As numbers of classes they would be 3 billion, most of them empty, and more than an int32."""
+    labels = [b"3000000000", b"7", b"-1", b"20000000", b"7"]
+    write_tar(tmp_path / "a.tar", [m for i, x in enumerate(labels) for m in ((f"{i}.jpg", image(i)), (f"{i}.cls", x))])
+    manifest = index_shards(str(tmp_path)).manifest
+    assert manifest.class_names == ("7", "20000000", "3000000000")
+    assert manifest.samples.label.tolist() == [2, 0, -1, 1, 0]
+
+
 def test_our_own_shards_index_to_the_same_manifest(tmp_path: Path) -> None:
     written = write_photos(str(tmp_path), 50)
     for name in ("manifest.json", "samples.parquet", "shards.parquet"):
@@ -129,8 +138,10 @@ DAMAGED = 4 * 1024 + 20  # in the fifth member's header
         (lambda data: data.__setitem__(DAMAGED, data[DAMAGED] ^ 1), "tar header .* damaged"),
         (lambda data: data.__delitem__(slice(DAMAGED - 20, None)), "truncated"),
         (lambda data: data.__delitem__(slice(DAMAGED - 3, None)), "truncated"),
+        (lambda data: data.__setitem__(slice(2048, 4096), bytes(2048)), "at byte 2048 ends .* byte 4096 is not zero"),
+        (lambda data: data.extend(data), "at byte 6144 ends .* byte 10240 is not zero; .* a file of its own"),
     ],
-    ids=["flipped header", "cut at a header", "cut in a header"],
+    ids=["flipped header", "cut at a header", "cut in a header", "a hole of zeros", "two tars in one"],
 )
 def test_a_damaged_or_cut_tar_is_an_error(tmp_path: Path, damage: object, words: str) -> None:
     write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"0" * 512) for i in range(6)])

@@ -152,6 +152,22 @@ def test_bad_samples_are_replaced_alike_everywhere_and_recorded(tmp_path: Path) 
     assert not set(bad) & set(torch.cat(ids).tolist())
 
 
+def test_a_replacement_comes_from_another_step_so_no_batch_has_an_image_twice(tmp_path: Path) -> None:
+    """67 is prime: one lane, in whose one block a batch's samples are neighbours."""
+    samples = photos(3 * 67, side=16)
+    manifest = write_shards(samples, str(tmp_path / "good"), class_names=("even", "odd"))
+    planned = [Plan(manifest.shards, "train", 67, 0).batch(0, step) for step in range(3)]
+    for i in planned[2][[0, 1, 66]]:
+        samples[i] = Sample(samples[i].key, b"not an image", "jpg", "train")
+    manifest = write_shards(samples, str(tmp_path / "bad"), class_names=("even", "odd"))
+    one = Loader(manifest, "train", (View(),), image_size=16, global_batch_size=67, seed=0)
+    ids = [batch.sample_ids.numpy() for batch in one.batches(0, 3)]
+    assert len(one.quarantine) == 3
+    assert np.array_equal(ids[:2], planned[:2])
+    assert np.array_equal(ids[2][2:66], planned[2][2:66])
+    assert np.array_equal(ids[2][[0, 1, 66]], planned[0][[0, 1, 66]]), "their rows of the next step, the block's first"
+
+
 def test_a_sample_that_is_a_block_by_itself_is_replaced_from_the_next_lane(tmp_path: Path) -> None:
     """60 samples in 60 lanes: no other sample of its block can take its place."""
     manifest = with_bad_samples(str(tmp_path), {3: b"not an image", 31: b"nor this"})

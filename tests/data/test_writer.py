@@ -226,6 +226,8 @@ def test_tables_of_paths_and_labels(tmp_path: Path) -> None:
         (["1", "-1", "0"], ("0", "1"), [1, -1, 0]),
         ([2.0, float("nan"), 0.0], ("0", "1", "2"), [2, -1, 0]),
         (["b", None, "a"], ("a", "b"), [1, -1, 0]),
+        (["20000000", "-1", "7"], ("7", "20000000"), [1, -1, 0]),
+        ([21_842, 3, -1], tuple(map(str, range(21_843))), [21_842, 3, -1]),
     ],
 )
 def test_a_label_that_is_missing_is_none_and_no_class(
@@ -265,6 +267,36 @@ def test_a_torchvision_dataset(tmp_path: Path) -> None:
     assert manifest.split("train").label.tolist() == [int(key[-8:]) % 10 for key in manifest.keys()[:20]]
     with pytest.raises(SourceError, match=r"download=True"):
         open_source(f"torchvision:CIFAR10:{tmp_path}")
+
+
+def test_a_torchvision_dataset_whose_other_split_is_val(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("n01440764", "n02979186"):
+            folder = tmp_path / "imagenette2" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.JPEG").write_bytes(jpeg(photo(9, 9, seed=i)))
+    source = open_source(f"torchvision:Imagenette:{tmp_path}")
+    assert source.class_names == ("tench, Tinca tinca", "cassette player")
+    assert Counter((item.split, item.label) for item in source.items) == {
+        ("train", 0): 3, ("train", 1): 3, ("validation", 0): 2, ("validation", 1): 2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("Imagenette", r"not found.*; download it there first, e\.g\. torchvision\.datasets\.Imagenette\("),
+        ("ImageNet", r"cannot be opened in .*; put its files there"),
+        ("OxfordIIITPet", r"\{'split': 'train'\}: Unknown value 'train'.*sets that work"),
+        ("CocoCaptions", r"annFile.*sets that work"),
+    ],
+)
+def test_a_torchvision_dataset_that_cannot_be_opened_says_what_would_help(
+    tmp_path: Path, dataset: str, words: str
+) -> None:
+    with pytest.raises(SourceError, match=words):
+        open_source(f"torchvision:{dataset}:{tmp_path}")
 
 
 def test_verify_names_shards_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,12 @@ def test_slots_move_by_the_momentum_and_no_others_do() -> None:
     assert torch.equal(bank.slots[others], before[others])
 
 
+def test_of_a_sample_that_comes_twice_the_last_row_counts() -> None:
+    bank, new = MemoryBank(40, 8), F.normalize(torch.randn(200, 8), dim=1)
+    step(bank, torch.arange(200) % 40, new, momentum=0.0)
+    torch.testing.assert_close(bank.slots, new[-40:])
+
+
 def test_slots_start_from_the_seed_alone_in_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     bank, other = MemoryBank(4000, 7), MemoryBank(4000, 7)

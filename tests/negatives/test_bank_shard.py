@@ -112,6 +112,17 @@ def test_a_write_changes_nothing_before_all_ranks_have_written() -> None:
         shard.read(1, Read(0, np.array([3])))
 
 
+def test_of_a_sample_that_comes_twice_the_last_ranks_last_slot_counts() -> None:
+    """As in the local bank, whichever rank's write comes first."""
+    (shard,) = opened(replace(SPEC, num_shards=1))
+    for rank in (1, 0):
+        moved = np.repeat([[10 * rank + 1], [10 * rank + 2]], SPEC.dim, 1).astype(np.float32)
+        shard.push(1, Write(0, rank, np.array([3, 3]), moved.view(np.uint8), saved=0))
+    answer = shard.read(1, Read(1, np.array([3])))
+    assert answer is not None
+    assert decoded(answer.value, SPEC.dtype)[0, 0] == 12
+
+
 def test_a_shard_that_was_lost_takes_the_steps_since_its_checkpoint_again() -> None:
     ids = [[0, 3, 6, 9], [1, 4, 7, 10]]
     steps = [[write(step, rank, ids[rank]) for rank in range(2)] for step in range(6)]
