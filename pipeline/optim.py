@@ -25,10 +25,10 @@ class OptimConfig(BaseModel):
     end_lr: float = Field(default=0.0, ge=0)  # where the cosine ends, as a share of the peak
     warmup_epochs: float = Field(default=10, ge=0)
     weight_decay: float = Field(default=1e-6, ge=0)
-    decay_biases: bool = False  # also decay biases and norms, as MoCo v1/v2 and SimSiam do
+    decay_biases: bool = False  # also decay biases and norms, as MoCo v1/v2, SimSiam and MoCo v3's ViTs do
     momentum: float = Field(default=0.9, ge=0, lt=1)  # lars, sgd
     betas: tuple[float, float] = (0.9, 0.999)  # adamw
-    bias_lr: float = Field(default=1.0, gt=0)  # learning rate of biases and norms, as a share (Barlow Twins: 0.024)
+    bias_lr: float = Field(default=1.0, gt=0)  # learning rate of biases and norms, as a share (Barlow Twins: 7.5e-4)
     constant_lr: tuple[str, ...] = ()  # submodules that stay at the peak, e.g. [predictor] (SimSiam)
     trust_coefficient: float = Field(default=0.001, gt=0)  # lars: eta
     trust_form: Literal["published", "timm"] = "published"  # eta|w|/|g + wd w|, or eta|w|/(|g| + wd|w| + 1e-8)
