@@ -9,6 +9,7 @@ Every config is frozen; derive one with ``override(config, ["method.temperature=
 import difflib
 import hashlib
 import json
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +193,17 @@ class Config(_Section):
             raise ValueError(
                 f"train.micro_batches={self.train.micro_batches} does not divide the {batch // workers} samples of a "
                 f"rank; what divides: {', '.join(str(n) for n in range(1, 65) if batch // workers % n == 0)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        warmup, epochs = self.optim.warmup_epochs, self.train.epochs
+        if warmup >= epochs:
+            raise ValueError(
+                f"optim.warmup_epochs={warmup:g} lasts for all of train.epochs={epochs}: the run would end at its "
+                f"largest learning rate, before the cosine begins; use optim.warmup_epochs={epochs / 10:g} or 0, or "
+                f"train.epochs >= {math.floor(warmup) + 1}"
             )
         return self
 

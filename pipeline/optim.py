@@ -31,7 +31,7 @@ class OptimConfig(BaseModel):
     lr: float = Field(default=0.3, gt=0)  # base; the peak is lr x B/256, lr x sqrt(B) or lr
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     end_lr: float = Field(default=0.0, ge=0)  # where the cosine ends, as a share of the peak
-    warmup_epochs: float = Field(default=10, ge=0)
+    warmup_epochs: float = Field(default=10, ge=0)  # less than train.epochs
     weight_decay: float = Field(default=1e-6, ge=0)
     decay_biases: bool = False  # also decay biases and norms, as MoCo v1/v2, SimSiam and MoCo v3's ViTs do
     momentum: Share = 0.9  # lars, sgd

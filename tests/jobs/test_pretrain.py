@@ -21,6 +21,7 @@ from tests.jobs.refusals import refused
 TOY = [
     "model.args={channels: [4, 8, 8, 16]}",
     "train.epochs=2",
+    "optim.warmup_epochs=0.5",
     "train.global_batch_size=1000",
     "train.log_every_steps=2",
     "data.loader_workers=0",

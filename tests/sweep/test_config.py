@@ -15,7 +15,7 @@ from pipeline.sweep.space import Entry, SweepError
 BASE = """
 model: {name: resnet10t, image_size: 32}
 method: {name: moco_v2, queue_size: 1024}
-optim: {name: sgd, lr: 0.03, momentum: 0.9}
+optim: {name: sgd, lr: 0.03, momentum: 0.9, warmup_epochs: 0}
 train: {epochs: 9, global_batch_size: 128}
 cluster: {num_workers: 1}
 """
