@@ -13,7 +13,7 @@ import torch
 from pipeline.config import Config, load_config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import explained
-from pipeline.preflight import dry_run, prepare_data
+from pipeline.preflight import check_method, dry_run, prepare_data
 from pipeline.progress import ProgressDisplay
 from pipeline.provenance import git_sha
 from pipeline.registry.register import register_run
@@ -33,6 +33,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with explained():
         config = load_config(arguments.config, arguments.overrides)
+        check_method(config)
         probe_writable(config.storage.url)
         probe(config.tracking_uri)
         manifest = prepare_data(config)

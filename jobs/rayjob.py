@@ -18,6 +18,7 @@ import yaml
 from pipeline.cluster.kuberay import ray_job
 from pipeline.config import load_config
 from pipeline.errors import explained
+from pipeline.preflight import check_method
 
 
 class _Dumper(yaml.SafeDumper):
@@ -50,8 +51,10 @@ def main() -> None:
     parser.add_argument("--deadline-h", type=float, default=168, help="hours after which Kubernetes ends the job")
     arguments = parser.parse_intermixed_args()
     with explained():
+        config = load_config(arguments.config, arguments.overrides)
+        check_method(config)
         manifest = ray_job(
-            load_config(arguments.config, arguments.overrides),
+            config,
             image=arguments.image,
             namespace=arguments.namespace,
             secret=arguments.secret,

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline import distributed
 from pipeline.data.batch import Batch
-from pipeline.errors import UserError
+from pipeline.errors import DeterministicError
 from pipeline.methods.base import Method
 
 
-class AccumulationError(UserError):
+class AccumulationError(DeterministicError):
     """Several passes would not give the gradient of one."""
 
 

@@ -9,6 +9,7 @@ Every config is frozen; derive one with ``override(config, ["method.temperature=
 import difflib
 import hashlib
 import json
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -63,6 +65,18 @@ class DataConfig(_Section):
     colour_on: Literal["auto", "cpu", "device"] = "auto"  # cpu: the loader's workers; auto: the device if it is a GPU
     max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)  # of samples that cannot be decoded
     mirror: MirrorConfig | None = None  # keep what is read on every node's disk: {folder: /mnt/nvme, max_gib: 500}
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _of_pixels_from_0_to_1(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        name = str(info.field_name)
+        if not all(0 <= x <= 1 for x in value) or (name == "std" and not all(value)):
+            of_bytes = f"; as shares of 255 yours are {[round(x / 255, 4) for x in value]}" if max(value) > 1 else ""
+            raise ValueError(
+                f"pixels are from 0 to 1, so each {name} must be {'above' if name == 'std' else 'at least'} 0 and at "
+                f"most 1; the default is {list(cls.model_fields[name].default)}{of_bytes}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _can_hold_out(self) -> Self:
@@ -179,6 +193,27 @@ class Config(_Section):
             raise ValueError(
                 f"train.micro_batches={self.train.micro_batches} does not divide the {batch // workers} samples of a "
                 f"rank; what divides: {', '.join(str(n) for n in range(1, 65) if batch // workers % n == 0)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        warmup, epochs = self.optim.warmup_epochs, self.train.epochs
+        if warmup >= epochs:
+            raise ValueError(
+                f"optim.warmup_epochs={warmup:g} lasts for all of train.epochs={epochs}: the run would end at its "
+                f"largest learning rate, before the cosine begins; use optim.warmup_epochs={epochs / 10:g} or 0, or "
+                f"train.epochs >= {math.floor(warmup) + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batchnorm_groups_divide(self) -> Self:
+        group, workers = self.train.bn_ranks_per_group, self.cluster.num_workers
+        if self.train.global_bn and group is not None and workers % group:
+            raise ValueError(
+                f"train.bn_ranks_per_group={group} does not divide cluster.num_workers={workers}; groups that do: "
+                f"{', '.join(str(n) for n in range(1, workers + 1) if workers % n == 0)}"
             )
         return self
 

@@ -6,12 +6,20 @@ dampening 1 - q, so on the CPU each weight is one pass of torch's fused SGD: 1.7
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+
+from pipeline.errors import DeterministicError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimError(DeterministicError):
+    """``optim`` names what the method does not have."""
 
 
 class OptimConfig(BaseModel):
@@ -23,12 +31,12 @@ class OptimConfig(BaseModel):
     lr: float = Field(default=0.3, gt=0)  # base; the peak is lr x B/256, lr x sqrt(B) or lr
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     end_lr: float = Field(default=0.0, ge=0)  # where the cosine ends, as a share of the peak
-    warmup_epochs: float = Field(default=10, ge=0)
+    warmup_epochs: float = Field(default=10, ge=0)  # less than train.epochs
     weight_decay: float = Field(default=1e-6, ge=0)
-    decay_biases: bool = False  # also decay biases and norms, as MoCo v1/v2 and SimSiam do
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # lars, sgd
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
-    bias_lr: float = Field(default=1.0, gt=0)  # learning rate of biases and norms, as a share (Barlow Twins: 0.024)
+    decay_biases: bool = False  # also decay biases and norms, as MoCo v1/v2, SimSiam and MoCo v3's ViTs do
+    momentum: Share = 0.9  # lars, sgd
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
+    bias_lr: float = Field(default=1.0, gt=0)  # learning rate of biases and norms, as a share (Barlow Twins: 7.5e-4)
     constant_lr: tuple[str, ...] = ()  # submodules that stay at the peak, e.g. [predictor] (SimSiam)
     trust_coefficient: float = Field(default=0.001, gt=0)  # lars: eta
     trust_form: Literal["published", "timm"] = "published"  # eta|w|/|g + wd w|, or eta|w|/(|g| + wd|w| + 1e-8)
@@ -41,6 +49,17 @@ def peak_lr(config: OptimConfig, global_batch_size: int) -> float:
     return config.lr * scale[config.lr_scaling]
 
 
+def check_constant_lr(module: nn.Module, config: OptimConfig) -> None:
+    """OptimError unless each name in ``config.constant_lr`` is a submodule with parameters to train."""
+    children = [name for name, child in module.named_children() if any(p.requires_grad for p in child.parameters())]
+    for name in config.constant_lr:
+        if name not in children:
+            raise OptimError(
+                f"optim.constant_lr names {name!r}; the submodules of this method that are trained are "
+                f"{', '.join(children)}"
+            )
+
+
 def build_optimizer(module: nn.Module, config: OptimConfig, peak: float) -> Optimizer:
     """The optimizer over the parameters of ``module`` that require a gradient; biases and norms apart.
 
@@ -49,12 +68,9 @@ def build_optimizer(module: nn.Module, config: OptimConfig, peak: float) -> Opti
             ``config.constant_lr`` stay there, ``set_lr`` moves the others.
 
     Raises:
-        ValueError: a name in ``config.constant_lr`` is no submodule.
+        OptimError: a name in ``config.constant_lr`` is no submodule.
     """
-    children = dict(module.named_children())
-    for name in config.constant_lr:
-        if name not in children:
-            raise ValueError(f"optim.constant_lr names {name!r}; this method's submodules are {', '.join(children)}")
+    check_constant_lr(module, config)
     groups = []
     for constant in (False, True):
         parameters = [

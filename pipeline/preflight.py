@@ -1,22 +1,95 @@
 """Everything that can be known to be wrong before a cluster spins up, and the dry run that tries one batch."""
 
+import functools
+import inspect
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 
 from pipeline import storage
+from pipeline.accumulation import check_accumulation
 from pipeline.config import Config, ConfigError
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import open_source
 from pipeline.data.writer import write_shards
-from pipeline.methods.base import Method
-from pipeline.optim import build_optimizer, peak_lr
+from pipeline.methods.base import Method, MethodConfig, method_class
+from pipeline.models.backbone import Backbone, BackboneConfig, random_backbone
+from pipeline.optim import build_optimizer, check_constant_lr, peak_lr
 from pipeline.train import build_method, hyperparameters, loader_colours, prepare, to_device, train_step
 
 _DRY_BATCH = 64  # rows tried in a dry run: enough to fail where a real batch would, quick on any laptop
+
+
+def check_method(config: Config) -> None:
+    """UserError unless the method can be built around the model, takes its views, and trains as optim and train say.
+
+    On the meta device, which has shapes and no memory: 0.3 to 0.9 s for a ResNet-50 on a core, and 1 ms for a config
+    that differs in what has no shape.
+    """
+    sizes = {view.size or config.model.image_size for view in config.method.views}
+    shapeless: dict[str, Any] = {key: 0.5 for key, value in config.method if isinstance(value, float)}  # temperatures
+    method = _built(
+        config.model.model_dump_json(),
+        tuple(sorted(sizes)),
+        config.method.model_copy(update={**shapeless, "views": ()}),
+    )
+    check_accumulation(method, config.train.micro_batches)
+    check_constant_lr(method, config.optim)
+
+
+@functools.lru_cache(maxsize=8)  # most trials of a sweep are built alike
+def _built(model: str, sizes: tuple[int, ...], method: MethodConfig) -> Method:
+    backbone = _checked_backbone(model, sizes)
+    with torch.device("meta"):
+        return method_class(method.name)(backbone, method)
+
+
+@functools.lru_cache(maxsize=8)
+def _checked_backbone(model: str, sizes: tuple[int, ...]) -> Backbone:
+    config = BackboneConfig.model_validate_json(model)
+    try:
+        return _try_backbone(config, sizes, "meta")
+    except ConfigError:  # perhaps only because an architecture reads values where there are none: for real, then
+        return _try_backbone(config, sizes, "cpu")
+
+
+def _try_backbone(config: BackboneConfig, sizes: tuple[int, ...], device: str) -> Backbone:
+    """The backbone, after a batch of each size went through. What architectures raise is anyone's guess."""
+    named = f"model.name={config.name}" + (f" with model.args={config.args}" if config.args else "")
+    with torch.device(device), torch.no_grad():
+        try:
+            backbone = random_backbone(config, seed=0)
+        except Exception as error:
+            raise ConfigError(f"{named} cannot be built: {error}; {_what_works(config)}") from error
+        for size in sizes:
+            try:
+                features = backbone(torch.zeros(2, 3, size, size))
+            except Exception as error:
+                raise ConfigError(
+                    f"{named} does not take images of {size} px: {error}; use views without a size of their own and "
+                    "model.image_size and model.args as the architecture has them, or another model.name, e.g. resnet50"
+                ) from error
+            if features.shape != (2, backbone.feature_dim):
+                raise ConfigError(
+                    f"{named} gives features of shape {tuple(features.shape)} for 2 images, not (2, "
+                    f"{backbone.feature_dim}) as timm says; use another model.name, e.g. resnet50"
+                )
+    return backbone
+
+
+def _what_works(config: BackboneConfig) -> str:
+    if not config.args:
+        return "use another model.name, e.g. resnet50"
+    with torch.device("cpu"):
+        network = type(timm.create_model(config.name, num_classes=0))
+    ours = {"num_classes", "in_chans", "device", "dtype"}
+    taken = [key for key in inspect.signature(network).parameters if key not in ours]
+    return f"model.args may hold {', '.join(taken)} of timm's {network.__name__}"
 
 
 def prepare_data(config: Config) -> Manifest:

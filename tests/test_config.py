@@ -17,8 +17,8 @@ def minimal(tmp_path: Path) -> Path:
 
 
 def test_overrides_replace_values_at_any_depth(minimal: Path) -> None:
-    config = load_config(minimal, ["train.epochs=7", "method.temperature=0.07", "method.views=[{count: 2}]"])
-    assert config.train.epochs == 7
+    config = load_config(minimal, ["train.epochs=70", "method.temperature=0.07", "method.views=[{count: 2}]"])
+    assert config.train.epochs == 70
     assert config.method.model_dump()["temperature"] == 0.07
     assert load_config(minimal, ["method.views=[{count: 2}]", "method.views.0.flip=0.25"]).method.views[0].flip == 0.25
 
@@ -113,6 +113,22 @@ def test_every_shipped_config_is_valid() -> None:
         (["evaluate.selection.split=validation"], ["evaluate.selection.split", "final report", "'selection'"]),
         (["evaluate.selection.split=train"], ["evaluate.selection.split", "bank of the kNN"]),
         (["evaluate.selection={bank_images: 10}"], ["bank_images=10", "knn_k=20"]),
+        (["data.std=[0, 0.2, 0.2]"], ["data.std", "above 0", "0.229", "got [0, 0.2, 0.2]"]),
+        (["data.mean=[123.7, 116.3, 103.5]"], ["data.mean", "pixels are from 0 to 1", "yours are [0.4851, 0.4561,"]),
+        (
+            ["train.epochs=10"],
+            ["warmup_epochs=10 lasts for all of train.epochs=10", "warmup_epochs=1 or 0", "train.epochs >= 11"],
+        ),
+        (["train.epochs=2", "optim.warmup_epochs=2.5"], ["warmup_epochs=2.5", "warmup_epochs=0.2", "epochs >= 3"]),
+        (["optim.betas=[0.9, 1.5]"], ["optim.betas.1", "less than 1", "got 1.5"]),
+        (
+            ["cluster.num_workers=32", "train.bn_ranks_per_group=3"],
+            ["bn_ranks_per_group=3", "num_workers=32", "1, 2, 4, 8, 16, 32"],
+        ),
+        (
+            ["method.views=[{}, {size: 24}]"],
+            ["method.views are of 24 and 32 px", "simclr embeds both in one pass", "method.name=moco_v2"],
+        ),
         (["name=Has Spaces"], ["name", "Has Spaces"]),
         (["train"], ["'train' is not key.sub=value"]),
         (["seed.sub=1"], ["seed"]),
@@ -144,7 +160,7 @@ def test_the_run_id_depends_on_what_determines_the_weights_and_nothing_else(mini
     same += ["evaluate.selection={every_epochs: 2}"]
     for change in same:
         assert override(config, [change]).run_id("d") == config.run_id("d"), change
-    for change in ["seed=1", "method.temperature=0.11", "train.epochs=3", "optim.lr=0.01", "data.std=[1, 1, 1]"]:
+    for change in ["seed=1", "method.temperature=0.11", "train.epochs=30", "optim.lr=0.01", "data.std=[1, 1, 1]"]:
         assert override(config, [change]).run_id("d") != config.run_id("d"), change
     assert config.run_id("other data") != config.run_id("d")
 

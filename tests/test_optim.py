@@ -13,6 +13,7 @@ from pipeline.models.heads import mlp
 from pipeline.optim import (
     LARS,
     OptimConfig,
+    OptimError,
     _foreach_lars,
     build_optimizer,
     ema_update_,
@@ -269,7 +270,7 @@ def test_set_lr_moves_all_but_constant_groups_and_scales_biases() -> None:
 
 
 def test_a_constant_group_that_is_no_submodule_is_an_error_that_teaches() -> None:
-    with pytest.raises(ValueError, match=r"constant_lr names 'head'; this method's submodules are backbone, predictor"):
+    with pytest.raises(OptimError, match=r"constant_lr names 'head'; the submodules .* are backbone, predictor"):
         build_optimizer(_WithPredictor(), OptimConfig(constant_lr=("head",)), peak=1.0)
 
 

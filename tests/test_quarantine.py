@@ -40,6 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "model.args={channels: [4, 8, 8, 16]}",
             "train.global_batch_size=20",
             "train.epochs=2",
+            "optim.warmup_epochs=0.5",
             "train.log_every_steps=3",
             "train.checkpoint_every_steps=1",
         ],

@@ -46,6 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "model.args={channels: [4, 8, 8, 16]}",
             f"train.global_batch_size={TRAIN // STEPS}",
             "train.epochs=2",
+            "optim.warmup_epochs=0.5",
             "train.checkpoint_every_steps=1",
             "train.log_every_steps=2",
         ],

@@ -32,6 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "model.args={channels: [4, 8, 8, 16]}",
             "train.global_batch_size=100",
             "train.epochs=3",
+            "optim.warmup_epochs=0.5",
             "train.checkpoint_every_steps=5",
             "train.log_every_steps=1",
             "data.loader_workers=0",

@@ -92,6 +92,10 @@ RECIPES: dict[str, tuple[View, ...]] = {
         View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
         View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
     ),
+    "moco-v3": (  # arXiv:2104.02057: BYOL's, with the release's --crop-min=.2 for ResNets; its ViTs have BYOL's 0.08
+        View(crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
+        View(crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
+    ),
     "swav": (View(count=2, crop_scale=(0.14, 1.0)), View(count=6, size=96, crop_scale=(0.05, 0.14))),
     "randaugment": (
         View(count=2, jitter=0, grayscale=0, blur=0, randaugment=2, randaugment_magnitude=9),

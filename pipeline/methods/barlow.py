@@ -1,8 +1,9 @@
 """Barlow Twins: the cross-correlation of two views' embeddings should be the identity (arXiv:2103.03230).
 
 Loss = sum_i (1 - c_ii)^2 + lambda * sum_{i != j} c_ij^2, with c over the global batch. The release all-reduces c
-without a gradient, so its gradient is W times too small and the learning rate of biases depends on W; here the
-all-reduce has its gradient, and ``optim.bias_lr: 0.024`` (0.0048 / 0.2) means the same at any world size.
+without a gradient, so its gradient is W times too small, and what its learning rate of biases and its weight decay do
+depends on W. Here the all-reduce has its gradient and they mean the same at any world size: the paper's run, on 32
+GPUs, had ``optim.bias_lr`` = 0.0048 / 0.2 / 32 = 7.5e-4 and ``optim.weight_decay`` = 1e-6 x 32 = 3.2e-5.
 """
 
 from typing import Literal

@@ -2,7 +2,8 @@
 
 Loss = 2T * cross-entropy per direction, the SUM of both; keys carry no gradient. The last BatchNorm of the heads has
 neither scale nor shift. For ResNets (the defaults here) the projection head has 2 layers and the predictor ends
-without BatchNorm; for ViT 3 layers, a predictor that ends with one, temperature 0.2 and a frozen patch embedding.
+without BatchNorm; for ViT 3 layers, a predictor that ends with one, temperature 0.2, a frozen patch embedding, and
+crops from 0.08 of the area on instead of 0.2 (``views: byol``).
 """
 
 import math
@@ -24,10 +25,10 @@ from pipeline.models.momentum import momentum_copy
 
 
 class MoCoV3Config(MethodConfig):
-    """The release's values for ResNet-50, 100 epochs; 0.996 is the decay for 1000."""
+    """The release's values for ResNet-50, 100 epochs; 0.996 is the decay for 1000. Its ViTs have BYOL's views."""
 
     name: Literal["moco_v3"] = "moco_v3"
-    views: tuple[View, ...] = RECIPES["byol"]
+    views: tuple[View, ...] = RECIPES["moco-v3"]
     temperature: float = Field(default=1.0, gt=0)
     projection_dim: int = Field(default=256, ge=1)
     hidden_dim: int = Field(default=4096, ge=1)  # of both heads

@@ -14,7 +14,7 @@ from pipeline import distributed
 from pipeline.data.views import RECIPES, View
 from pipeline.losses.ntxent import ntxent
 from pipeline.methods.base import Method, MethodConfig
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.heads import mlp
 
 
@@ -30,6 +30,15 @@ class SimCLRConfig(MethodConfig):
     projection_dim: int = Field(default=128, ge=1)
     projection_bn: bool = True  # False: a head without BatchNorm, for train.micro_batches with a ViT
     projection_hidden_dim: int | None = Field(default=None, ge=1)  # None = the backbone's feature width
+
+    def check(self, model: BackboneConfig) -> None:
+        """Two views of one size, as one pass takes both."""
+        super().check(model)
+        if len(sizes := {view.size or model.image_size for view in self.views}) > 1:
+            raise ValueError(
+                f"method.views are of {' and '.join(map(str, sorted(sizes)))} px, and simclr embeds both in one pass; "
+                "give them one size, or use a method that embeds each by itself, e.g. method.name=moco_v2 or byol"
+            )
 
 
 class SimCLR(Method):

@@ -27,10 +27,10 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from pipeline.config import Config, ConfigError, dump, load_config, override, read_mapping
+from pipeline.config import Config, dump, load_config, override, read_mapping
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.preflight import check_batch
+from pipeline.preflight import check_batch, check_method
 from pipeline.sweep.results import RunResult, SearchedKey, SweepResults
 from pipeline.sweep.space import MISSING, Entry, SweepError, lookup, matches
 
@@ -266,6 +266,7 @@ def check(sweep: Sweep) -> None:
     """SweepError unless every value of the space makes a config that is valid and trains other weights."""
     config, base = sweep.config, sweep.base
     plain = base.model_dump(mode="json")
+    check_method(base)
     _check_epochs(config, base)
     above: list[str] = []
     for key, entry in config.space.items():
@@ -284,8 +285,8 @@ def check(sweep: Sweep) -> None:
     if config.searcher != "tpe":
         for number, values in enumerate(config.configurations(base)):
             try:
-                override(base, overrides(values))
-            except ConfigError as error:
+                check_method(override(base, overrides(values)))
+            except UserError as error:
                 raise SweepError(f"trial t{number:03d} ({', '.join(overrides(values))}): {error}") from error
 
 
@@ -321,6 +322,7 @@ def _check_entry(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry)
                 given = conditions if entry.with_key is None else {**conditions, entry.with_key: driver}
                 value = entry.value(coordinate, driver)
                 candidate = override(sweep.base, overrides({**given, key: value}))
+                check_method(candidate)
             except UserError as error:
                 raise SweepError(f"space.{key}: {error}") from error
             run_ids.add(candidate.run_id(""))

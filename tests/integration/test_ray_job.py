@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 TOY = [
     "model.args={channels: [4, 8, 8, 16]}",
     "train.epochs=1",
+    "optim.warmup_epochs=0",
     "train.global_batch_size=1000",
     "data.loader_workers=0",
     "registry.model_name=ray-job",

