@@ -14,6 +14,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -93,7 +94,7 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """How long, in what batches; nothing here depends on the number of workers."""
+    """How long, in what batches; the number of workers matters only without statistics over the global batch."""
 
     epochs: int = Field(default=100, ge=1)
     global_batch_size: int = Field(default=256, ge=2)  # samples over all ranks
@@ -137,6 +138,16 @@ class TrackingConfig(_Section):
 
     uri: str = ""
     experiment: str = "parallax"
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, uri: str) -> str:
+        if uri.startswith(("http://", "https://")) and urlsplit(uri).password:
+            raise ValueError(
+                "tracking.uri holds a password, and configs are saved and shown in MLflow; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
 
 
 class RegistryConfig(_Section):
@@ -268,9 +279,10 @@ class Config(_Section):
     def run_id(self, manifest_digest: str) -> str:
         """The run's name: ``<name>-<hash>`` of what determines the weights, so submitting it again resumes it.
 
-        The cluster, the loader's workers, logging, tracking and evaluation are left out: none of them
-        changes the weights. Nor does data.colour_on but by rounding, as another kind of device would: the draws are
-        the same and pixels differ by less than 1 of 255, so a run may go on where colour is computed elsewhere.
+        The cluster, the loader's workers, logging, tracking and evaluation are left out: none of them changes the
+        weights, but for the number of workers where BatchNorm's statistics are not global. Nor does data.colour_on but
+        by rounding, as another kind of device would: the draws are the same and pixels differ by less than 1 of 255,
+        so a run may go on where colour is computed elsewhere.
         """
         determining = self.model_dump(mode="json", include={"seed", "model", "method", "optim"})
         determining["data"] = {
@@ -280,6 +292,10 @@ class Config(_Section):
         determining["train"] = self.train.model_dump(
             mode="json", include={"epochs", "global_batch_size", "global_bn", "bn_ranks_per_group", "precision"}
         )
+        if not self.train.global_bn or self.train.bn_ranks_per_group:
+            per_rank = self.train.global_batch_size // self.cluster.num_workers
+            group = self.train.bn_ranks_per_group if self.train.global_bn else None
+            determining["train"]["bn_samples"] = per_rank * (group or 1)
         if self.negatives.max_staleness:  # without it both backends have the same trajectory
             determining["negatives"] = {"max_staleness": self.negatives.max_staleness}
         text = json.dumps(determining, sort_keys=True)
@@ -316,9 +332,10 @@ def _is_file(override: str) -> bool:
 
 
 def read_mapping(path: str | Path, shipped_in: str = "configs", example: str = "'name: my-run'") -> dict[str, Any]:
-    """What a YAML file holds. ConfigError if it is no mapping; without the file, it lists those ``shipped_in``."""
+    """What a YAML file or object holds. ConfigError if it is no mapping; without the file, it lists ``shipped_in``."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        text = storage.read_bytes(str(path)) if storage.is_remote(str(path)) else Path(path).read_bytes()
+        values = yaml.safe_load(text)
     except OSError as error:
         shipped = ", ".join(str(p) for p in sorted(Path(shipped_in).rglob("*.yaml"))) or f"none found in ./{shipped_in}"
         raise ConfigError(f"cannot read {path}: {error.strerror}; configs here: {shipped}") from error

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import storage
 from pipeline.config import Config, ConfigError, dump, load_config, override
+from tests.conftest import S3
 
 MINIMAL = "name: tiny\nmethod: {name: simclr}\nmodel: {name: resnet18, image_size: 32}\n"
 
@@ -163,6 +165,27 @@ def test_the_run_id_depends_on_what_determines_the_weights_and_nothing_else(mini
     for change in ["seed=1", "method.temperature=0.11", "train.epochs=30", "optim.lr=0.01", "data.std=[1, 1, 1]"]:
         assert override(config, [change]).run_id("d") != config.run_id("d"), change
     assert config.run_id("other data") != config.run_id("d")
+
+
+def test_the_number_of_workers_is_in_the_run_id_where_batchnorm_depends_on_it(minimal: Path) -> None:
+    def run_id(*changes: str) -> str:
+        return load_config(minimal, list(changes)).run_id("d")
+
+    two, four = "cluster.num_workers=2", "cluster.num_workers=4"
+    assert run_id("train.global_bn=false", two) != run_id("train.global_bn=false", four)
+    assert run_id("train.bn_ranks_per_group=2", two) != run_id("train.bn_ranks_per_group=2", four)
+
+
+def test_a_config_is_read_from_object_storage_too(minimal: Path, s3: S3) -> None:
+    storage.write_bytes(f"{s3.url}/best.yaml", minimal.read_bytes())
+    assert load_config(f"{s3.url}/best.yaml", ["seed=1"]) == load_config(minimal, ["seed=1"])
+    with pytest.raises(storage.StorageError, match="no-such"):
+        load_config(f"{s3.url}/no-such.yaml")
+
+
+def test_a_password_for_the_tracking_server_is_refused(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
+        load_config(minimal, ["tracking.uri=http://me:secret@mlflow:5000"])
 
 
 def test_held_out_splits_have_shards_of_their_own(minimal: Path) -> None:
