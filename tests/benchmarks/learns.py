@@ -1,6 +1,6 @@
 """It learns: each method on 4,000 real digits against raw pixels, random init and lightly's parts, several seeds.
 
-    python -m tests.benchmarks.learns [--seeds 3] [--epochs 8] [--methods simclr,byol] [--no-peers] [--processes 2]
+    python -m tests.benchmarks.learns [--seeds 3] [--epochs 16] [--methods simclr,byol] [--no-peers] [--processes 2]
 
 Both sides see the same batches of views, train the same network with the same optimizer and schedule, and are
 evaluated alike: weighted kNN and linear probe on 1,000 digits not trained on. lightly has no MoCo v1, v2 and v3 apart:
@@ -211,7 +211,7 @@ def main() -> None:
     """Train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--methods", default=",".join(SETTINGS))
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--processes", type=int, default=1, help="of one thread each")
