@@ -173,7 +173,16 @@ class Sweep(NamedTuple):
     train_images: int | None = None  # None until ``for_data``
 
     def for_data(self, manifest: Manifest) -> "Sweep":
-        """The sweep over these shards; ConfigError if a trial's batch, or bank, does not fit them."""
+        """The sweep over these shards; UserError if a trial's batch, or bank, does not fit them, or if they have no
+        labelled validation images, which the best trial is measured on in the end."""
+        has_validation = "validation" in manifest.splits
+        if not has_validation or not (manifest.split("validation").label >= 0).any():
+            lacks = "of the split 'validation' has a label" if has_validation else "is of a split 'validation'"
+            raise SweepError(
+                f"a sweep measures its best trial on labelled validation images, and none at {manifest.url} {lacks} "
+                f"(splits: {', '.join(manifest.splits)}); write shards with some, from a folder with `python -m "
+                "jobs.write_shards folder:<images> <url> --validation-share 0.05 --hold-out selection=0.1`"
+            )
         if self.config.searcher != "tpe":
             for values in self.config.configurations(self.base):
                 check_batch(override(self.base, overrides(values)), manifest)

@@ -1,6 +1,7 @@
 """Spaces: what they resolve to, that trials can be told apart and drawn again, and what mistakes are told as."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from pipeline.config import ConfigError
 from pipeline.sweep.config import Sweep, SweepConfig, load_sweep, overrides
 from pipeline.sweep.space import Entry, SweepError
+from tests.data.images import write_digits
 
 BASE = """
 model: {name: resnet10t, image_size: 32}
@@ -189,6 +191,19 @@ def test_a_trial_that_fits_no_config_is_found_before_it_runs(tmp_path: Path) -> 
     load(tmp_path, space=space, searcher="grid", trials=None)
     with pytest.raises(SweepError, match=r"(?s)trial t00\d .*method\.queue_size=512.*does not hold"):
         load(tmp_path, space={**space, "method.queue_size": {"grid": [512, 4096]}}, searcher="grid", trials=None)
+
+
+def test_shards_that_cannot_measure_the_best_trial_are_refused(tmp_path: Path) -> None:
+    sweep = load(tmp_path, space=TEMPERATURE)
+    without = write_digits(f"{tmp_path}/without", {"train": 200, "selection": 20})
+    with pytest.raises(SweepError, match=r"none .* is of a split 'validation' .*--validation-share 0\.05"):
+        sweep.for_data(without)
+    with_both = write_digits(f"{tmp_path}/with", {"train": 200, "validation": 20})
+    assert sweep.for_data(with_both).train_images == 200
+    labels = np.where(with_both.samples.id >= 200, -1, with_both.samples.label).astype(np.int32)
+    unlabelled = replace(with_both, samples=replace(with_both.samples, label=labels))
+    with pytest.raises(SweepError, match="none .* of the split 'validation' has a label"):
+        sweep.for_data(unlabelled)
 
 
 def test_the_base_ranks_by_selection_and_stops_on_collapse(tmp_path: Path) -> None:
