@@ -88,7 +88,7 @@ def run_sweep(
     }
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with inbox.forwarding(forward):
-        _tuner(job, folder_url, concurrent, _Bookkeeper(job, manifest.digest, ledger, groups), ledger).fit()
+        _tuner(job, folder_url, concurrent, _Bookkeeper(job, manifest, ledger, groups), ledger).fit()
 
 
 def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledger: Ledger) -> Tuner:
@@ -146,17 +146,22 @@ class _Bookkeeper(Callback):
     """Tells the ledger what Tune decides, and removes what dead drivers leave behind."""
 
     def __init__(
-        self, job: Job, manifest_digest: str, ledger: Ledger, groups: Mapping[str, Mapping[str, Started]]
+        self, job: Job, manifest: Manifest, ledger: Ledger, groups: Mapping[str, Mapping[str, Started]]
     ) -> None:
-        self._job, self._digest, self._ledger, self._groups = job, manifest_digest, ledger, groups
+        self._job, self._manifest, self._ledger, self._groups = job, manifest, ledger, groups
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a sweep that is taken up again gets new ones
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         sweep, name, values = self._job.sweep, _name(trial), trial.config["configuration"]["values"]
+        if reason := sweep.objection(values, self._manifest):
+            self._ledger.refuse(name, values, sweep.seeds(), reason)
+            return  # and its first step ends it
         now = stretch(self._job, name, _pointer(trial))
-        run_ids = {seed: sweep.trial_config(now.name, values, seed).run_id(self._digest) for seed in sweep.seeds()}
+        run_ids = {
+            seed: sweep.trial_config(now.name, values, seed).run_id(self._manifest.digest) for seed in sweep.seeds()
+        }
         segment = None
         if isinstance(sweep.config.scheduler, Pbt):
             (run_id,) = run_ids.values()

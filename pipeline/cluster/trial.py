@@ -103,6 +103,8 @@ class PretrainTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """The mean score of the next epoch, or why the trial is over."""
         if not self._threads:
+            if reason := self._job.sweep.objection(self._values, Manifest.load(self._job.manifest_url)):
+                return self._failure("failed", reason)
             self._begin()
         while True:
             told = self._told.get()
@@ -118,8 +120,7 @@ class PretrainTrial(tune.Trainable):
                     return {**self._result(max(self._scores)), "done": True, "status": "finished"}
             else:
                 self._abort()
-                failure = {SCORE: WORST, "scores": {}, "status": told.status, "reason": told.reason}
-                return {**self._last, **failure, "done": True}
+                return self._failure(told.status, told.reason)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process, which saves it the import of torch."""
@@ -226,6 +227,9 @@ class PretrainTrial(tune.Trainable):
             "scores": {seed: (score.knn, score.loss) for seed, score in scores.items()},
         }
         return self._last
+
+    def _failure(self, status: Status, reason: str) -> dict[str, Any]:
+        return {**self._last, SCORE: WORST, "scores": {}, "status": status, "reason": reason, "done": True}
 
     def _abort(self) -> None:
         """End the runs that are still going, and wait until their workers are gone."""

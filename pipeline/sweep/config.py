@@ -32,7 +32,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch
 from pipeline.sweep.results import RunResult, SearchedKey, SweepResults
-from pipeline.sweep.space import MISSING, Entry, SweepError, lookup, matches
+from pipeline.sweep.space import MISSING, Entry, SweepError, is_whole, lookup, matches
 
 Values = dict[str, JsonValue]  # dotted key -> value: one configuration
 Choose = Callable[[str, Entry], float]  # a coordinate for a key: see space.py
@@ -140,7 +140,7 @@ class SweepConfig(_Section):
         for key, entry in self.space.items():
             if all(matches(lookup(other, values, base), wanted) for other, wanted in entry.when.items()):
                 driver = lookup(entry.with_key, values, base) if entry.with_key else None
-                values[key] = entry.value(choose(key, entry), driver)
+                values[key] = entry.value(choose(key, entry), driver, is_whole(key, values, base))
         return values
 
     def configurations(self, base: Config) -> list[Values]:
@@ -183,9 +183,14 @@ class Sweep(NamedTuple):
                 f"(splits: {', '.join(manifest.splits)}); write shards with some, from a folder with `python -m "
                 "jobs.write_shards folder:<images> <url> --validation-share 0.05 --hold-out selection=0.1`"
             )
-        if self.config.searcher != "tpe":
-            for values in self.config.configurations(self.base):
-                check_batch(override(self.base, overrides(values)), manifest)
+        if self.config.searcher == "tpe":  # its trials are not known yet
+            plain = self.base.model_dump(mode="json")
+            space = self.config.space.items()
+            candidates = [config for key, entry in space for config in _candidates(self, plain, key, entry)]
+        else:
+            candidates = [override(self.base, overrides(values)) for values in self.config.configurations(self.base)]
+        for candidate in candidates:
+            check_batch(candidate, manifest)
         sweep = self._replace(train_images=manifest.split("train").num_samples)
         once_an_epoch = min(self.base.train.diagnose_every_steps, sweep.steps_per_epoch(self.base))
         return sweep._replace(base=override(self.base, [f"train.diagnose_every_steps={once_an_epoch}"]))
@@ -205,6 +210,16 @@ class Sweep(NamedTuple):
         steps = scheduler.every_epochs * self.steps_per_epoch(config)
         keep = config.train.epochs // scheduler.every_epochs + 1
         return override(config, [f"train.checkpoint_every_steps={steps}", f"train.keep_checkpoints={keep}"])
+
+    def objection(self, values: Values, manifest: Manifest) -> str | None:
+        """Why no run can have these values, in one line; None if one can. Ends of ranges are fine each by itself, and
+        what TPE or PBT makes of them is known only when it is drawn."""
+        try:
+            check_batch(override(self.base, overrides(values)), manifest)
+        except ConfigError as error:
+            first, *rest = str(error).splitlines()
+            return "; ".join(line.removeprefix("  - ") for line in rest or [first])
+        return None
 
     def perturbed(self, values: Values, random: np.random.Generator) -> Values:
         """What PBT makes of a good trial's values: ranges x 0.8 or x 1.2 or drawn anew, the rest as it is."""
@@ -320,25 +335,28 @@ def _check_epochs(config: SweepConfig, base: Config) -> None:
 
 
 def _check_entry(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry) -> None:
-    conditions: Values = {}
-    for other, wanted in entry.when.items():
-        conditions |= _where(sweep.config, plain, other, wanted)
-    run_ids = set()
-    for coordinate in entry.ends():
-        for driver in _drivers(sweep.config, plain, entry):
-            try:
-                given = conditions if entry.with_key is None else {**conditions, entry.with_key: driver}
-                value = entry.value(coordinate, driver)
-                candidate = override(sweep.base, overrides({**given, key: value}))
-            except UserError as error:
-                raise SweepError(f"space.{key}: {error}") from error
-            run_ids.add(candidate.run_id(""))
+    try:
+        run_ids = {candidate.run_id("") for candidate in _candidates(sweep, plain, key, entry)}
+    except UserError as error:
+        raise SweepError(f"space.{key}: {error}") from error
     varied = len(entry.ends()) > 1
     if varied and len(run_ids) == 1:
         raise SweepError(
             f"space.{key}: different values of {key} train the same weights, so there is nothing to search; keys that "
             "do are those of model, method and optim, and of train the batch size, BatchNorm and precision"
         )
+
+
+def _candidates(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry) -> Iterator[Config]:
+    """The base under each probed value of one key, where the key applies."""
+    conditions: Values = {}
+    for other, wanted in entry.when.items():
+        conditions |= _where(sweep.config, plain, other, wanted)
+    for coordinate in entry.probes():
+        for driver in _drivers(sweep.config, plain, entry):
+            given = conditions if entry.with_key is None else {**conditions, entry.with_key: driver}
+            value = entry.value(coordinate, driver, is_whole(key, given, plain))
+            yield override(sweep.base, overrides({**given, key: value}))
 
 
 def _where(config: SweepConfig, plain: Mapping[str, Any], other: str, wanted: JsonValue) -> Values:

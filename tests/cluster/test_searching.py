@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from pipeline.cluster import searching
-from pipeline.cluster.trial import Job, Pointer, stretch
+from pipeline.cluster.sweep import _Bookkeeper
+from pipeline.cluster.trial import WORST, Job, Pointer, PretrainTrial, stretch
 from pipeline.sweep.config import Sweep, load_sweep
-from pipeline.sweep.results import EpochScore, RunResult, SweepResults
+from pipeline.sweep.ledger import Ledger
+from pipeline.sweep.results import EpochScore, RunResult, SweepFolder, SweepResults
+from tests.data.images import write_digits
 
 RANGES = (
     "sweep.space={method.temperature: {log_uniform: [0.05, 1]}, "
@@ -21,6 +24,16 @@ RANGES = (
 def load(folder: Path, *arguments: str) -> Sweep:
     sweep = load_sweep("configs/sweep/digits-moco.yaml", [f"storage.url={folder}", RANGES, *arguments])
     return sweep._replace(train_images=3200)
+
+
+def trial_of(job: Job, config: dict[str, Any]) -> PretrainTrial:
+    """A trial in this process; Tune binds the job to it through its object store."""
+
+    class Bound(PretrainTrial):
+        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+            super().setup(config, job)
+
+    return Bound(config)
 
 
 def test_asha_knows_after_a_restart_what_it_knew(tmp_path: Path) -> None:
@@ -70,6 +83,26 @@ def test_a_stretch_is_named_after_where_it_begins(tmp_path: Path) -> None:
     assert stretch(job, "t001", own) == ("s-0123456789-t001-e4", 6, None), "its own run goes on"
     other = Pointer("t002", "s-0123456789-def", 4)
     assert stretch(job, "t001", other) == ("s-0123456789-t001-e4", 4, other), "a new one begins with the other's"
+
+
+def test_values_that_make_no_run_end_the_trial_and_not_the_sweep(tmp_path: Path) -> None:
+    manifest = write_digits(f"{tmp_path}/shards", {"train": 600, "validation": 20})
+    sweep = load(tmp_path, "sweep.searcher=tpe", "sweep.trials=2").for_data(manifest)
+    job = Job(sweep, "s-0123456789", manifest.url, None)  # type: ignore[arg-type]
+    ledger = Ledger(
+        SweepFolder(str(tmp_path), "s"), sweep.no_results("s"),
+        open_run=lambda run: run.run_id, close_run=lambda run: None, on_change=lambda results: None,
+    )  # fmt: skip
+    drawn = searching.configuration(0, {"method.queue_size": 16, "method.temperature": 0.2})
+    told: Any = SimpleNamespace(config=drawn, checkpoint=None)
+    _Bookkeeper(job, manifest, ledger, {}).on_trial_start(0, [], told)
+    (run,) = ledger.results.runs
+    assert (run.status, run.reason.partition(";")[0]) == (
+        "failed",
+        "method.queue_size=16 does not hold the 64 keys of a global batch",
+    )
+    result = trial_of(job, drawn).step()
+    assert (result["done"], result["status"], result["reason"], result["knn"]) == (True, "failed", run.reason, WORST)
 
 
 def test_tpe_learns_where_the_best_are_and_skips_keys_that_do_not_apply(tmp_path: Path) -> None:

@@ -193,6 +193,35 @@ def test_a_trial_that_fits_no_config_is_found_before_it_runs(tmp_path: Path) -> 
         load(tmp_path, space={**space, "method.queue_size": {"grid": [512, 4096]}}, searcher="grid", trials=None)
 
 
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_a_range_of_a_key_that_counts_gives_integers(tmp_path: Path, searcher: str) -> None:
+    space = {"method.projection_dim": {"uniform": [32, 256]}, "optim.lr": {"log_uniform": [1, 10]}}
+    sweep = load(tmp_path, space=space, searcher=searcher)
+    drawn = [sweep.config.draw(sweep.base.model_dump(mode="json"), trial) for trial in range(8)]
+    assert all(isinstance(values["method.projection_dim"], int) for values in drawn)
+    assert all(isinstance(values["optim.lr"], float) for values in drawn), "an lr of 1 to 10 counts nothing"
+    assert len({values["method.projection_dim"] for values in drawn}) > 4
+    with pytest.raises(SweepError, match=r"space\.train\.bn_ranks_per_group: (?s:.*)valid integer"):
+        load(tmp_path, space={"train.bn_ranks_per_group": {"uniform": [1, 4]}}, searcher=searcher)
+
+
+def test_what_tpe_draws_is_checked_against_the_shards(tmp_path: Path) -> None:
+    """Its ends before anything starts; what only clashes together when it is drawn."""
+    manifest = write_digits(f"{tmp_path}/shards", {"train": 600, "validation": 20})
+    batches = {"train.global_batch_size": {"grid": [128, 512]}, "method.queue_size": {"grid": [256, 1024]}}
+    sweep = load(tmp_path, space=batches, searcher="tpe", set={"method.queue_size": 1024}).for_data(manifest)
+    assert sweep.objection({"train.global_batch_size": 128, "method.queue_size": 256}, manifest) is None
+    clash = sweep.objection({"train.global_batch_size": 512, "method.queue_size": 256}, manifest)
+    assert clash is not None
+    assert clash.startswith("method.queue_size=256 does not hold the 512 keys")
+    assert "\n" not in clash
+    large = sweep.objection({"train.global_batch_size": 1024}, manifest)
+    assert large is not None
+    assert large.startswith("train.global_batch_size=1024 is more than the 600 samples")
+    with pytest.raises(ConfigError, match="global_batch_size=1024 is more than the 600 samples"):
+        load(tmp_path, space={"train.global_batch_size": {"uniform": [128, 1024]}}, searcher="tpe").for_data(manifest)
+
+
 def test_shards_that_cannot_measure_the_best_trial_are_refused(tmp_path: Path) -> None:
     sweep = load(tmp_path, space=TEMPERATURE)
     without = write_digits(f"{tmp_path}/without", {"train": 200, "selection": 20})
@@ -202,7 +231,7 @@ def test_shards_that_cannot_measure_the_best_trial_are_refused(tmp_path: Path) -
     assert sweep.for_data(with_both).train_images == 200
     labels = np.where(with_both.samples.id >= 200, -1, with_both.samples.label).astype(np.int32)
     unlabelled = replace(with_both, samples=replace(with_both.samples, label=labels))
-    with pytest.raises(SweepError, match="none .* of the split 'validation' has a label"):
+    with pytest.raises(SweepError, match=r"none .* of the split 'validation' has a label"):
         sweep.for_data(unlabelled)
 
 
