@@ -10,6 +10,7 @@ taken up again; each run resumes from its own checkpoint, and tells the scores o
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from ray.tune.experiment import Trial
 from pipeline import storage
 from pipeline.cluster.connection import ClusterError
 from pipeline.cluster.inbox import Addressed, Inbox, Report, Started
-from pipeline.cluster.searching import configuration, scheduler, tpe
+from pipeline.cluster.searching import configuration, scheduler, searcher
 from pipeline.cluster.trial import EPOCH, SCORE, Job, Pointer, PretrainTrial, read_pointer, stretch
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest
@@ -93,15 +94,15 @@ def run_sweep(
 
 def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledger: Ledger) -> Tuner:
     sweep, path = job.sweep, storage.join(folder_url, "tune")
-    # A limit of Tune's own would be the size of PBT's population; the head's resource makes the others wait.
-    is_pbt = isinstance(sweep.config.scheduler, Pbt)
-    driver = {_HEAD: round(0.99 / concurrent, 3) if is_pbt else 0.001}
+    # What the searcher does not hold back waits for this: PBT's population, and trials that are taken up again.
+    driver = {_HEAD: math.floor(9900 / concurrent) / 10_000}
     trainable = tune.with_resources(tune.with_parameters(PretrainTrial, job=job), driver)
     if Tuner.can_restore(path):
         tuner = Tuner.restore(path, trainable, resume_errored=True)
         # What it restores are pickled copies from the sweep's first start.
         tuner._local_tuner.get_run_config().callbacks = [callback]
         tuner._local_tuner._tune_config.scheduler = scheduler(sweep, ledger.results)
+        tuner._local_tuner._tune_config.search_alg = searcher(sweep, concurrent)
         return tuner
     is_tpe = sweep.config.searcher == "tpe"
     listed = [] if is_tpe else sweep.config.configurations(sweep.base)
@@ -112,10 +113,9 @@ def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledge
         tune_config=TuneConfig(
             metric=SCORE,
             mode="max",
-            search_alg=tpe(sweep) if is_tpe else None,
+            search_alg=searcher(sweep, concurrent),
             num_samples=sweep.config.trials or 1 if is_tpe else 1,
             scheduler=scheduler(sweep, ledger.results),
-            max_concurrent_trials=None if is_pbt else concurrent,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
