@@ -66,7 +66,7 @@ class SweepDisplay:
             score = f"kNN {run.scores[-1].knn:.1%}  loss {run.scores[-1].loss:.3f}" if run.scores else "starting"
             self._stream.write(
                 f"{run.trial}  seed {run.seed}  epoch {epoch}/{self._results.epochs}  {score}  {values}"
-                + ("" if run.status == "running" else f"  {run.status}")
+                + ("" if run.status == "running" else f"  {run.outcome}")
                 + "\n"
             )
         self._stream.flush()
