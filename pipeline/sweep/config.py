@@ -12,7 +12,8 @@
     trials: 24
 
 Any key that changes the weights can be searched. Everything is checked against the base before a cluster starts: both
-ends of each range, each choice, and for grid and random every trial. The values of trial i depend on (seed, i) alone.
+ends of each range and some of its inside, each choice, and for grid and random every trial. A range of a key that
+counts, as method.projection_dim does, gives integers. The values of trial i depend on (seed, i) alone.
 """
 
 import hashlib
@@ -83,9 +84,12 @@ class SweepConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_base_is_a_list(cls, data: Any) -> Any:
+    def _as_short_as_it_is_written(cls, data: Any) -> Any:
+        """One base is a list of one, and a bare ``scheduler: asha`` its name."""
         if isinstance(data, dict) and isinstance(data.get("base"), str):
-            return {**data, "base": [data["base"]]}
+            data = {**data, "base": [data["base"]]}
+        if isinstance(data, dict) and "scheduler" in data:
+            data = {**data, "scheduler": _named(data["scheduler"])}
         return data
 
     @model_validator(mode="after")
@@ -267,7 +271,7 @@ def load_sweep(path: str | Path, arguments: list[str] | None = None) -> Sweep:
     values = {"name": Path(path).stem, **read_mapping(path, "configs/sweep", "'base: ...' and 'space: ...'")}
     for argument in arguments:
         if argument.startswith("sweep."):
-            _set(values, *argument.removeprefix("sweep.").partition("=")[::2])
+            _set(values, argument)
     try:
         config = SweepConfig.model_validate(values)
     except ValidationError as error:
@@ -383,14 +387,30 @@ def _yaml(value: JsonValue) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
-def _set(values: dict[str, Any], key: str, text: str) -> None:
-    """``sweep.trials=4``, ``sweep.scheduler.name=none``."""
+def _set(values: dict[str, Any], argument: str) -> None:
+    """``sweep.trials=4``, ``sweep.scheduler.grace_epochs=2``. Another ``sweep.scheduler.name`` is another scheduler,
+    without the keys of the one before."""
+    key, separator, text = argument.removeprefix("sweep.").partition("=")
+    if not separator or not key:
+        raise SweepError(f"{argument!r} is not sweep.key=value; e.g. sweep.trials=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SweepError(f"{argument!r}: {text!r} is not a YAML value") from error
     section, _, rest = key.partition(".")
-    value = yaml.safe_load(text)
-    if rest:
-        values[section] = {**(values.get(section) or {}), rest: value}
-    else:
+    before = _named(values[section]) if section == "scheduler" and section in values else values.get(section) or {}
+    if not rest:
         values[section] = value
+    elif not isinstance(before, dict):
+        raise SweepError(f"{argument!r}: sweep.{section} is {before!r}, which has no key {rest!r}")
+    elif key == "scheduler.name" and before.get("name") != value:
+        values[section] = {"name": value}
+    else:
+        values[section] = {**before, rest: value}
+
+
+def _named(scheduler: Any) -> Any:
+    return {"name": scheduler} if isinstance(scheduler, str) else scheduler
 
 
 def _explain(error: ValidationError, origin: str) -> str:

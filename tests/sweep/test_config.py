@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.config import ConfigError
-from pipeline.sweep.config import Sweep, SweepConfig, load_sweep, overrides
+from pipeline.sweep.config import Asha, NoScheduler, Pbt, Sweep, SweepConfig, load_sweep, overrides
 from pipeline.sweep.space import Entry, SweepError
 from tests.data.images import write_digits
 
@@ -191,6 +191,35 @@ def test_a_trial_that_fits_no_config_is_found_before_it_runs(tmp_path: Path) -> 
     load(tmp_path, space=space, searcher="grid", trials=None)
     with pytest.raises(SweepError, match=r"(?s)trial t00\d .*method\.queue_size=512.*does not hold"):
         load(tmp_path, space={**space, "method.queue_size": {"grid": [512, 4096]}}, searcher="grid", trials=None)
+
+
+def test_a_scheduler_is_replaced_by_its_name(tmp_path: Path) -> None:
+    asha: dict[str, Any] = {"space": TEMPERATURE, "scheduler": {"name": "asha", "grace_epochs": 2}}
+    assert load(tmp_path, "sweep.scheduler.name=none", **asha).config.scheduler == NoScheduler()
+    assert load(tmp_path, "sweep.scheduler=none", **asha).config.scheduler == NoScheduler()
+    same = load(tmp_path, "sweep.scheduler.name=asha", "sweep.scheduler.reduction=2", **asha)
+    assert same.config.scheduler == Asha(name="asha", grace_epochs=2, reduction=2)
+    pbt = load(tmp_path, "sweep.scheduler.name=pbt", "sweep.scheduler.every_epochs=3", **asha)
+    assert pbt.config.scheduler == Pbt(name="pbt", every_epochs=3)
+    bare = load(tmp_path, "sweep.scheduler.grace_epochs=4", space=TEMPERATURE, scheduler="asha")
+    assert bare.config.scheduler == Asha(name="asha", grace_epochs=4)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("sweep.space={", ["'sweep.space={'", "not a YAML value"]),
+        ("sweep.trials", ["'sweep.trials'", "sweep.trials=8"]),
+        ("sweep.name.x=1", ["sweep.name is 'try'", "no key 'x'"]),
+        ("sweep.searcher.seed=1", ["sweep.searcher is 'random'", "no key 'seed'"]),
+        ("sweep.scheduler=hyperband", ["scheduler", "'hyperband'", "'none', 'asha', 'pbt'"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message(tmp_path: Path, argument: str, words: list[str]) -> None:
+    with pytest.raises(SweepError) as caught:
+        load(tmp_path, argument, name="try", space=TEMPERATURE, searcher="random")
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
