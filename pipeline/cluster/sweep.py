@@ -94,10 +94,13 @@ def run_sweep(
 
 def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledger: Ledger) -> Tuner:
     sweep, path = job.sweep, storage.join(folder_url, "tune")
-    # What the searcher does not hold back waits for this: PBT's population, and trials that are taken up again.
-    driver = {_HEAD: math.floor(9900 / concurrent) / 10_000}
+    is_known = Tuner.can_restore(path)
+    # The searcher does not hold back PBT's population, nor trials that are taken up again: they wait for the head's
+    # resource. Otherwise a sliver of it leaves room for another sweep.
+    waits = is_known or isinstance(sweep.config.scheduler, Pbt)
+    driver = {_HEAD: math.floor(9900 / concurrent) / 10_000 if waits else 0.001}
     trainable = tune.with_resources(tune.with_parameters(PretrainTrial, job=job), driver)
-    if Tuner.can_restore(path):
+    if is_known:
         tuner = Tuner.restore(path, trainable, resume_errored=True)
         # What it restores are pickled copies from the sweep's first start.
         tuner._local_tuner.get_run_config().callbacks = [callback]

@@ -127,15 +127,15 @@ class Entry(BaseModel):
     def value(self, coordinate: float, driver: JsonValue = None, whole: bool = False) -> JsonValue:
         """What the key is set to at a coordinate: an index into a list, a number, or 1 - the value.
 
-        ``driver``: what the key ``with`` has. ``whole``: the key counts something, and a number is rounded to the next
-        integer. SweepError if the result is no decay.
+        ``driver``: what the key ``with`` has. ``whole``: the key counts something, and within a range from
+        integer to integer a number is rounded to one. SweepError if the result is no decay.
         """
         if self.listed is not None:
             return self.listed[int(coordinate)]
         if self.scale_one_minus is None:
             if self.one_minus_log_uniform is not None:
                 return round(1 - coordinate, 12)
-            return round(coordinate) if whole else coordinate
+            return round(coordinate) if whole and all(end.is_integer() for end in self._pair) else coordinate
         if isinstance(driver, bool) or not isinstance(driver, int | float):
             raise SweepError(f"with={self.with_key} must name a number, and it is {driver!r}")
         reference = self.scale_one_minus if isinstance(self.scale_one_minus, float) else coordinate

@@ -230,6 +230,10 @@ def test_a_range_of_a_key_that_counts_gives_integers(tmp_path: Path, searcher: s
     assert all(isinstance(values["method.projection_dim"], int) for values in drawn)
     assert all(isinstance(values["optim.lr"], float) for values in drawn), "an lr of 1 to 10 counts nothing"
     assert len({values["method.projection_dim"] for values in drawn}) > 4
+    given = load(tmp_path, space={"model.args.drop_rate": {"uniform": [0, 0.5]}}, set={"model.args": {"drop_rate": 0}})
+    assert any(
+        0 < float(str(values["model.args.drop_rate"])) < 0.5 for values in given.config.configurations(given.base)
+    )
     with pytest.raises(SweepError, match=r"space\.train\.bn_ranks_per_group: (?s:.*)valid integer"):
         load(tmp_path, space={"train.bn_ranks_per_group": {"uniform": [1, 4]}}, searcher=searcher)
 
