@@ -187,8 +187,8 @@ class PretrainTrial(tune.Trainable):
                 told.put(_End(seed, "failed", f"{type(error).__name__}: {error}"))
 
     def _pretrain(self, run: Run, told: _Told, controllers: dict[int, ActorHandle], aborted: threading.Event) -> None:
-        """What is told, kept and asked is this trial's own: the thread may outlive it, and by then ``self`` has the
-        next one's."""
+        """``told``, ``controllers`` and ``aborted`` are this trial's own: when a trial that was stopped gets its
+        controller late, those of ``self`` are the next one's."""
         config, job, trial, stretch, seed = run.config, self._job, self._trial, self._stretch, run.config.seed
         manifest = Manifest.load(job.manifest_url)
         run.save_config()
