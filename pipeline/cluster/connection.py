@@ -26,12 +26,11 @@ class ClusterError(UserError):
 
 
 @contextmanager
-def connected(cluster: ClusterConfig, durable: Mapping[str, str], groups: int = 1) -> Iterator[None]:
+def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[None]:
     """Ray, joined at ``cluster.address`` or $RAY_ADDRESS, or else started here and ended with the block.
 
-    ``durable``: option -> URL that every node must reach and that must outlive the job. ``groups``: of workers that run
-    side by side; a Ray of our own pretends to the CPUs that they ask for. ClusterError if no Ray answers, or if what
-    it offers stays too little.
+    ``durable``: option -> URL that every node must reach and that must outlive the job. ClusterError if no Ray answers,
+    or if what it offers stays too little.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -40,7 +39,7 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str], groups: int = 
     with _reachable(address, "cluster.address") if address else nullcontext():
         ray.init(
             address=address or "local",
-            num_cpus=None if address else _cpus_of_our_own(cluster, groups),
+            num_cpus=None if address else _cpus_of_our_own(cluster),
             include_dashboard=None if address else False,
             runtime_env={"env_vars": {**_WORKER_ENV, **cluster.env}},
             log_to_driver=False,
@@ -89,8 +88,8 @@ def workers_that_fit(cluster: ClusterConfig) -> int:
     )
 
 
-def _cpus_of_our_own(cluster: ClusterConfig, groups: int) -> int:
-    return max(os.cpu_count() or 1, round(groups * cluster.num_workers * cluster.cpus_per_worker + 0.5))
+def _cpus_of_our_own(cluster: ClusterConfig) -> int:
+    return max(os.cpu_count() or 1, round(cluster.num_workers * cluster.cpus_per_worker + 0.5))
 
 
 def _require_resources(cluster: ClusterConfig, patience_s: float) -> None:

@@ -10,6 +10,7 @@ taken up again; each run resumes from its own checkpoint, and tells the scores o
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,9 +21,9 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 from ray.tune.experiment import Trial
 
 from pipeline import storage
-from pipeline.cluster.connection import ClusterError
+from pipeline.cluster.connection import ClusterError, workers_that_fit
 from pipeline.cluster.inbox import Addressed, Inbox, Report, Started
-from pipeline.cluster.searching import configuration, scheduler, tpe
+from pipeline.cluster.searching import configuration, scheduler, searcher
 from pipeline.cluster.trial import EPOCH, SCORE, Job, Pointer, PretrainTrial, read_pointer, stretch
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest
@@ -38,18 +39,14 @@ OnReport = Callable[[str, Report], None]  # (run id, report)
 
 def trials_at_a_time(cluster: ClusterConfig, seeds: int) -> int:
     """How many trials the connected cluster holds; ClusterError if it does not hold one."""
-    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(
-        int(min((node.get(name, 0) + 1e-9) // amount for name, amount in per_worker.items() if amount))
-        for node in nodes
-    )
+    workers = workers_that_fit(cluster)
     needed = cluster.num_workers * seeds
     if workers < needed:
         raise ClusterError(
-            f"one trial needs {needed} workers ({seeds} seeds x {cluster.num_workers}) of {per_worker['CPU']:g} CPUs "
-            f"and {per_worker['GPU']:g} GPUs, and the nodes of this cluster hold {workers}; lower sweep.seeds, "
-            "cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
+            f"one trial needs {needed} workers ({seeds} seeds x {cluster.num_workers}) of "
+            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs, and the nodes of this cluster hold "
+            f"{workers}; lower sweep.seeds, cluster.num_workers, cluster.cpus_per_worker (0.5: two share a core) or "
+            "cluster.gpus_per_worker, or add nodes"
         )
     return workers // needed
 
@@ -88,20 +85,23 @@ def run_sweep(
     }
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with inbox.forwarding(forward):
-        _tuner(job, folder_url, concurrent, _Bookkeeper(job, manifest.digest, ledger, groups), ledger).fit()
+        _tuner(job, folder_url, concurrent, _Bookkeeper(job, manifest, ledger, groups), ledger).fit()
 
 
 def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledger: Ledger) -> Tuner:
     sweep, path = job.sweep, storage.join(folder_url, "tune")
-    # A limit of Tune's own would be the size of PBT's population; the head's resource makes the others wait.
-    is_pbt = isinstance(sweep.config.scheduler, Pbt)
-    driver = {_HEAD: round(0.99 / concurrent, 3) if is_pbt else 0.001}
+    is_known = Tuner.can_restore(path)
+    # The searcher does not hold back PBT's population, nor trials that are taken up again: they wait for the head's
+    # resource. Otherwise a sliver of it leaves room for another sweep.
+    waits = is_known or isinstance(sweep.config.scheduler, Pbt)
+    driver = {_HEAD: math.floor(9900 / concurrent) / 10_000 if waits else 0.001}
     trainable = tune.with_resources(tune.with_parameters(PretrainTrial, job=job), driver)
-    if Tuner.can_restore(path):
+    if is_known:
         tuner = Tuner.restore(path, trainable, resume_errored=True)
         # What it restores are pickled copies from the sweep's first start.
         tuner._local_tuner.get_run_config().callbacks = [callback]
         tuner._local_tuner._tune_config.scheduler = scheduler(sweep, ledger.results)
+        tuner._local_tuner._tune_config.search_alg = searcher(sweep, concurrent)
         return tuner
     is_tpe = sweep.config.searcher == "tpe"
     listed = [] if is_tpe else sweep.config.configurations(sweep.base)
@@ -112,10 +112,9 @@ def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledge
         tune_config=TuneConfig(
             metric=SCORE,
             mode="max",
-            search_alg=tpe(sweep) if is_tpe else None,
+            search_alg=searcher(sweep, concurrent),
             num_samples=sweep.config.trials or 1 if is_tpe else 1,
             scheduler=scheduler(sweep, ledger.results),
-            max_concurrent_trials=None if is_pbt else concurrent,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -146,17 +145,22 @@ class _Bookkeeper(Callback):
     """Tells the ledger what Tune decides, and removes what dead drivers leave behind."""
 
     def __init__(
-        self, job: Job, manifest_digest: str, ledger: Ledger, groups: Mapping[str, Mapping[str, Started]]
+        self, job: Job, manifest: Manifest, ledger: Ledger, groups: Mapping[str, Mapping[str, Started]]
     ) -> None:
-        self._job, self._digest, self._ledger, self._groups = job, manifest_digest, ledger, groups
+        self._job, self._manifest, self._ledger, self._groups = job, manifest, ledger, groups
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; a sweep that is taken up again gets new ones
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         sweep, name, values = self._job.sweep, _name(trial), trial.config["configuration"]["values"]
+        if reason := sweep.objection(values, self._manifest):
+            self._ledger.refuse(name, values, sweep.seeds(), reason)
+            return  # and its first step ends it
         now = stretch(self._job, name, _pointer(trial))
-        run_ids = {seed: sweep.trial_config(now.name, values, seed).run_id(self._digest) for seed in sweep.seeds()}
+        run_ids = {
+            seed: sweep.trial_config(now.name, values, seed).run_id(self._manifest.digest) for seed in sweep.seeds()
+        }
         segment = None
         if isinstance(sweep.config.scheduler, Pbt):
             (run_id,) = run_ids.values()

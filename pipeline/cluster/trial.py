@@ -103,6 +103,8 @@ class PretrainTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """The mean score of the next epoch, or why the trial is over."""
         if not self._threads:
+            if reason := self._job.sweep.objection(self._values, Manifest.load(self._job.manifest_url)):
+                return self._failure("failed", reason)
             self._begin()
         while True:
             told = self._told.get()
@@ -118,8 +120,7 @@ class PretrainTrial(tune.Trainable):
                     return {**self._result(max(self._scores)), "done": True, "status": "finished"}
             else:
                 self._abort()
-                failure = {SCORE: WORST, "scores": {}, "status": told.status, "reason": told.reason}
-                return {**self._last, **failure, "done": True}
+                return self._failure(told.status, told.reason)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process, which saves it the import of torch."""
@@ -163,16 +164,19 @@ class PretrainTrial(tune.Trainable):
         self._finished, self._aborted = 0, threading.Event()
         self._threads = [
             threading.Thread(
-                target=self._drive, args=(seed, self._told, self._aborted), name=f"seed-{seed}", daemon=True
+                target=self._drive,
+                args=(seed, self._told, self._controllers, self._aborted),
+                name=f"seed-{seed}",
+                daemon=True,
             )
             for seed in self._job.sweep.seeds()
         ]
         for thread in self._threads:
             thread.start()
 
-    def _drive(self, seed: int, told: _Told, aborted: threading.Event) -> None:
+    def _drive(self, seed: int, told: _Told, controllers: dict[int, ActorHandle], aborted: threading.Event) -> None:
         try:
-            self._pretrain(self._run_of(seed), told)
+            self._pretrain(self._run_of(seed), told, controllers, aborted)
             told.put(_End(seed, "finished"))
         except CollapseError as error:
             told.put(_End(seed, "collapsed", str(error)))
@@ -182,15 +186,17 @@ class PretrainTrial(tune.Trainable):
             if not aborted.is_set():
                 told.put(_End(seed, "failed", f"{type(error).__name__}: {error}"))
 
-    def _pretrain(self, run: Run, told: _Told) -> None:
-        config, job, trial, seed = run.config, self._job, self._trial, run.config.seed
-        manifest, first_epoch = Manifest.load(job.manifest_url), self._stretch.first_epoch
+    def _pretrain(self, run: Run, told: _Told, controllers: dict[int, ActorHandle], aborted: threading.Event) -> None:
+        """``told``, ``controllers`` and ``aborted`` are this trial's own: when a trial that was stopped gets its
+        controller late, those of ``self`` are the next one's."""
+        config, job, trial, stretch, seed = run.config, self._job, self._trial, self._stretch, run.config.seed
+        manifest = Manifest.load(job.manifest_url)
         run.save_config()
-        if self._stretch.parent is not None and run.checkpoints.latest_step() is None:
-            self._adopt(run, self._stretch.parent)
+        if stretch.parent is not None and run.checkpoints.latest_step() is None:
+            self._adopt(run, stretch.parent)
         done = run.checkpoints.latest_step() or 0
         for scored in read_scores(run.checkpoints.url):
-            if scored.step <= done and scored.epochs > first_epoch:
+            if scored.step <= done and scored.epochs > stretch.first_epoch:
                 told.put(_Score(seed, scored.epochs, scored.knn, scored.loss))
 
         def on_report(report: Report) -> None:
@@ -199,10 +205,12 @@ class PretrainTrial(tune.Trainable):
                 told.put(_Score(seed, report.epoch + 1, report.metrics[METRIC], report.metrics["loss"]))
 
         def on_start(started: Started) -> None:
-            self._controllers[seed] = started.controller
+            controllers[seed] = started.controller
             job.inbox.put.remote(Addressed(trial, run.id, started))
+            if aborted.is_set():  # whoever stopped the trial has given up waiting for this controller
+                _abort(started.controller)
 
-        if done < config.train.epochs * job.sweep.steps_per_epoch(config):
+        if not aborted.is_set() and done < config.train.epochs * job.sweep.steps_per_epoch(config):
             pretrain(config, manifest, mlflow_run_id="", on_report=on_report, on_start=on_start)
 
     def _run_of(self, seed: int) -> Run:
@@ -226,6 +234,9 @@ class PretrainTrial(tune.Trainable):
             "scores": {seed: (score.knn, score.loss) for seed, score in scores.items()},
         }
         return self._last
+
+    def _failure(self, status: Status, reason: str) -> dict[str, Any]:
+        return {**self._last, SCORE: WORST, "scores": {}, "status": status, "reason": reason, "done": True}
 
     def _abort(self) -> None:
         """End the runs that are still going, and wait until their workers are gone."""

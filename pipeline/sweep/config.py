@@ -12,7 +12,8 @@
     trials: 24
 
 Any key that changes the weights can be searched. Everything is checked against the base before a cluster starts: both
-ends of each range, each choice, and for grid and random every trial. The values of trial i depend on (seed, i) alone.
+ends of each range and some of its inside, each choice, and for grid and random every trial. A range of a key that
+counts, as method.projection_dim does, gives integers. The values of trial i depend on (seed, i) alone.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch, check_method
 from pipeline.sweep.results import RunResult, SearchedKey, SweepResults
-from pipeline.sweep.space import MISSING, Entry, SweepError, lookup, matches
+from pipeline.sweep.space import MISSING, Entry, SweepError, is_whole, lookup, matches
 
 Values = dict[str, JsonValue]  # dotted key -> value: one configuration
 Choose = Callable[[str, Entry], float]  # a coordinate for a key: see space.py
@@ -83,9 +84,12 @@ class SweepConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_base_is_a_list(cls, data: Any) -> Any:
+    def _as_short_as_it_is_written(cls, data: Any) -> Any:
+        """One base is a list of one, and a bare ``scheduler: asha`` its name."""
         if isinstance(data, dict) and isinstance(data.get("base"), str):
-            return {**data, "base": [data["base"]]}
+            data = {**data, "base": [data["base"]]}
+        if isinstance(data, dict) and "scheduler" in data:
+            data = {**data, "scheduler": _named(data["scheduler"])}
         return data
 
     @model_validator(mode="after")
@@ -140,7 +144,7 @@ class SweepConfig(_Section):
         for key, entry in self.space.items():
             if all(matches(lookup(other, values, base), wanted) for other, wanted in entry.when.items()):
                 driver = lookup(entry.with_key, values, base) if entry.with_key else None
-                values[key] = entry.value(choose(key, entry), driver)
+                values[key] = entry.value(choose(key, entry), driver, is_whole(key, values, base))
         return values
 
     def configurations(self, base: Config) -> list[Values]:
@@ -173,10 +177,24 @@ class Sweep(NamedTuple):
     train_images: int | None = None  # None until ``for_data``
 
     def for_data(self, manifest: Manifest) -> "Sweep":
-        """The sweep over these shards; ConfigError if a trial's batch, or bank, does not fit them."""
-        if self.config.searcher != "tpe":
-            for values in self.config.configurations(self.base):
-                check_batch(override(self.base, overrides(values)), manifest)
+        """The sweep over these shards; UserError if a trial's batch, or bank, does not fit them, or if they have no
+        labelled validation images, which the best trial is measured on in the end."""
+        has_validation = "validation" in manifest.splits
+        if not has_validation or not (manifest.split("validation").label >= 0).any():
+            lacks = "of the split 'validation' has a label" if has_validation else "is of a split 'validation'"
+            raise SweepError(
+                f"a sweep measures its best trial on labelled validation images, and none at {manifest.url} {lacks} "
+                f"(splits: {', '.join(manifest.splits)}); write shards with some, from a folder with `python -m "
+                "jobs.write_shards folder:<images> <url> --validation-share 0.05 --hold-out selection=0.1`"
+            )
+        if self.config.searcher == "tpe":  # its trials are not known yet
+            plain = self.base.model_dump(mode="json")
+            space = self.config.space.items()
+            candidates = [config for key, entry in space for config in _candidates(self, plain, key, entry)]
+        else:
+            candidates = [override(self.base, overrides(values)) for values in self.config.configurations(self.base)]
+        for candidate in candidates:
+            check_batch(candidate, manifest)
         sweep = self._replace(train_images=manifest.split("train").num_samples)
         once_an_epoch = min(self.base.train.diagnose_every_steps, sweep.steps_per_epoch(self.base))
         return sweep._replace(base=override(self.base, [f"train.diagnose_every_steps={once_an_epoch}"]))
@@ -196,6 +214,18 @@ class Sweep(NamedTuple):
         steps = scheduler.every_epochs * self.steps_per_epoch(config)
         keep = config.train.epochs // scheduler.every_epochs + 1
         return override(config, [f"train.checkpoint_every_steps={steps}", f"train.keep_checkpoints={keep}"])
+
+    def objection(self, values: Values, manifest: Manifest) -> str | None:
+        """Why no run can have these values, in one line; None if one can. Ends of ranges are fine each by itself, and
+        what TPE or PBT makes of them is known only when it is drawn."""
+        try:
+            config = override(self.base, overrides(values))
+            check_batch(config, manifest)
+            check_method(config)
+        except UserError as error:
+            first, *rest = str(error).splitlines()
+            return "; ".join(line.removeprefix("  - ") for line in rest or [first])
+        return None
 
     def perturbed(self, values: Values, random: np.random.Generator) -> Values:
         """What PBT makes of a good trial's values: ranges x 0.8 or x 1.2 or drawn anew, the rest as it is."""
@@ -243,7 +273,7 @@ def load_sweep(path: str | Path, arguments: list[str] | None = None) -> Sweep:
     values = {"name": Path(path).stem, **read_mapping(path, "configs/sweep", "'base: ...' and 'space: ...'")}
     for argument in arguments:
         if argument.startswith("sweep."):
-            _set(values, *argument.removeprefix("sweep.").partition("=")[::2])
+            _set(values, argument)
     try:
         config = SweepConfig.model_validate(values)
     except ValidationError as error:
@@ -312,26 +342,31 @@ def _check_epochs(config: SweepConfig, base: Config) -> None:
 
 
 def _check_entry(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry) -> None:
-    conditions: Values = {}
-    for other, wanted in entry.when.items():
-        conditions |= _where(sweep.config, plain, other, wanted)
     run_ids = set()
-    for coordinate in entry.ends():
-        for driver in _drivers(sweep.config, plain, entry):
-            try:
-                given = conditions if entry.with_key is None else {**conditions, entry.with_key: driver}
-                value = entry.value(coordinate, driver)
-                candidate = override(sweep.base, overrides({**given, key: value}))
-                check_method(candidate)
-            except UserError as error:
-                raise SweepError(f"space.{key}: {error}") from error
+    try:
+        for candidate in _candidates(sweep, plain, key, entry):
+            check_method(candidate)
             run_ids.add(candidate.run_id(""))
+    except UserError as error:
+        raise SweepError(f"space.{key}: {error}") from error
     varied = len(entry.ends()) > 1
     if varied and len(run_ids) == 1:
         raise SweepError(
             f"space.{key}: different values of {key} train the same weights, so there is nothing to search; keys that "
             "do are those of model, method and optim, and of train the batch size, BatchNorm and precision"
         )
+
+
+def _candidates(sweep: Sweep, plain: Mapping[str, Any], key: str, entry: Entry) -> Iterator[Config]:
+    """The base under each probed value of one key, where the key applies."""
+    conditions: Values = {}
+    for other, wanted in entry.when.items():
+        conditions |= _where(sweep.config, plain, other, wanted)
+    for coordinate in entry.probes():
+        for driver in _drivers(sweep.config, plain, entry):
+            given = conditions if entry.with_key is None else {**conditions, entry.with_key: driver}
+            value = entry.value(coordinate, driver, is_whole(key, given, plain))
+            yield override(sweep.base, overrides({**given, key: value}))
 
 
 def _where(config: SweepConfig, plain: Mapping[str, Any], other: str, wanted: JsonValue) -> Values:
@@ -358,14 +393,30 @@ def _yaml(value: JsonValue) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
-def _set(values: dict[str, Any], key: str, text: str) -> None:
-    """``sweep.trials=4``, ``sweep.scheduler.name=none``."""
+def _set(values: dict[str, Any], argument: str) -> None:
+    """``sweep.trials=4``, ``sweep.scheduler.grace_epochs=2``. Another ``sweep.scheduler.name`` is another scheduler,
+    without the keys of the one before."""
+    key, separator, text = argument.removeprefix("sweep.").partition("=")
+    if not separator or not key:
+        raise SweepError(f"{argument!r} is not sweep.key=value; e.g. sweep.trials=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SweepError(f"{argument!r}: {text!r} is not a YAML value") from error
     section, _, rest = key.partition(".")
-    value = yaml.safe_load(text)
-    if rest:
-        values[section] = {**(values.get(section) or {}), rest: value}
-    else:
+    before = _named(values[section]) if section == "scheduler" and section in values else values.get(section) or {}
+    if not rest:
         values[section] = value
+    elif not isinstance(before, dict):
+        raise SweepError(f"{argument!r}: sweep.{section} is {before!r}, which has no key {rest!r}")
+    elif key == "scheduler.name" and before.get("name") != value:
+        values[section] = {"name": value}
+    else:
+        values[section] = {**before, rest: value}
+
+
+def _named(scheduler: Any) -> Any:
+    return {"name": scheduler} if isinstance(scheduler, str) else scheduler
 
 
 def _explain(error: ValidationError, origin: str) -> str:

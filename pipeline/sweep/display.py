@@ -63,10 +63,12 @@ class SweepDisplay:
                 continue
             self._told[run.trial, run.seed] = epoch, run.status
             values = "  ".join(f"{names.get(key, key)} {text_of(value)}" for key, value in run.values.items())
-            score = f"kNN {run.scores[-1].knn:.1%}  loss {run.scores[-1].loss:.3f}" if run.scores else "starting"
+            score = "starting" if run.status == "running" else "no score"
+            if run.scores:
+                score = f"kNN {run.scores[-1].knn:.1%}  loss {run.scores[-1].loss:.3f}"
             self._stream.write(
                 f"{run.trial}  seed {run.seed}  epoch {epoch}/{self._results.epochs}  {score}  {values}"
-                + ("" if run.status == "running" else f"  {run.status}")
+                + ("" if run.status == "running" else f"  {run.outcome}")
                 + "\n"
             )
         self._stream.flush()

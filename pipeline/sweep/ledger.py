@@ -5,7 +5,7 @@ a sweep that was killed tells them again and nothing is counted twice: an epoch'
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import JsonValue
@@ -75,6 +75,13 @@ class Ledger:
                 seconds = round(run.seconds + time.monotonic() - began, 1)
                 self._put(trial, run.seed, status=status, reason=reason, seconds=seconds)
                 self._close_run(self._run(trial, run.seed))
+        self._commit()
+
+    def refuse(self, trial: str, values: Mapping[str, JsonValue], seeds: Iterable[int], reason: str) -> None:
+        """No run can have what a trial is to start with, or to go on with."""
+        self.end(trial, "failed", reason)
+        for seed in seeds:
+            self._put(trial, seed, values=dict(values), status="failed", reason=reason)
         self._commit()
 
     def update(self, **changes: Any) -> None:

@@ -12,9 +12,10 @@ from scipy.stats import spearmanr
 
 from pipeline.config import Config, dump, override
 from pipeline.errors import UserError
+from pipeline.sweep.config import overrides
 from pipeline.sweep.results import SweepResults, TrialResult
 
-_REASON_CHARACTERS = 60
+_OUTCOME_CHARACTERS = 70
 _NAME_CHARACTERS = 41  # of a run
 
 
@@ -73,7 +74,7 @@ def table(results: SweepResults) -> str:
             str(len(trial.runs)),
             f"{trial.epoch}/{results.epochs}",
             "-" if trial.loss is None else f"{trial.loss:.3f}",
-            _status(trial),
+            _shortened(trial.outcome),
         ]
         for trial in results.trials()
     ]
@@ -116,12 +117,12 @@ def best_config(results: SweepResults, base: Config) -> str:
     """
     best = results.best()
     if best is None or best.knn is None:
-        statuses = ", ".join(f"{trial.trial} {trial.status}" for trial in results.trials()) or "none was begun"
-        raise NoBestError(f"sweep {results.sweep_id} has no finished trial to take a config from: {statuses}")
+        outcomes = "; ".join(f"{trial.trial} {trial.outcome}" for trial in results.trials()) or "none was begun"
+        raise NoBestError(f"sweep {results.sweep_id} has no finished trial to take a config from: {outcomes}")
     config = override(
         base,
         [
-            *(f"{key}={json.dumps(value)}" for key, value in best.values.items()),
+            *overrides(best.values),
             f"name={base.name[: _NAME_CHARACTERS - len('-best')].rstrip('-')}-best",
         ],
     )
@@ -177,12 +178,8 @@ def _ranks(finished: list[TrialResult]) -> dict[str, str]:
     }
 
 
-def _status(trial: TrialResult) -> str:
-    reason = next((run.reason for run in trial.runs if run.status == trial.status and run.reason), "")
-    first_line = reason.strip().partition("\n")[0]
-    if len(first_line) > _REASON_CHARACTERS:
-        first_line = first_line[: _REASON_CHARACTERS - 3].rstrip() + "..."
-    return f"{trial.status}: {first_line}" if first_line else trial.status
+def _shortened(outcome: str) -> str:
+    return outcome if len(outcome) <= _OUTCOME_CHARACTERS else outcome[: _OUTCOME_CHARACTERS - 3].rstrip() + "..."
 
 
 def _rho(correlation: RankCorrelation | None) -> str:

@@ -58,6 +58,12 @@ class RunResult(_Record):
     seconds: float = 0.0  # of wall time, the start of its workers included, over all sessions
     lineage: tuple[Segment, ...] = ()  # PBT only, oldest first
 
+    @property
+    def outcome(self) -> str:
+        """The status, and the first line of why: ``failed: <reason>``."""
+        reason = self.reason.strip().partition("\n")[0]
+        return f"{self.status}: {reason}" if reason else self.status
+
 
 class TrialResult(_Record):
     """A trial over its seeds, at the last epoch that all of them have reached."""
@@ -66,6 +72,12 @@ class TrialResult(_Record):
     values: dict[str, JsonValue]
     status: Status  # "finished" if all seeds are, else that of the first seed that is not
     runs: tuple[RunResult, ...]
+
+    @property
+    def outcome(self) -> str:
+        """That of the first run with the trial's status and a reason, if one has."""
+        alike = [run for run in self.runs if run.status == self.status]
+        return next((run.outcome for run in alike if run.reason), self.status)
 
     @property
     def epoch(self) -> int:

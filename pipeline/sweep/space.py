@@ -16,6 +16,7 @@ from pipeline.sweep.results import Scale
 
 _KINDS = ("grid", "choice", "uniform", "log_uniform", "one_minus_log_uniform", "scale_one_minus")
 _DIGITS = 4  # significant ones of a drawn number: enough to tell trials apart, few enough to read
+_WITHIN = (1 / 3, 1 / 2, 0.7)  # shares of a range
 
 
 class SweepError(UserError):
@@ -116,18 +117,25 @@ class Entry(BaseModel):
         return min(max(_rounded(coordinate), low), high)
 
     def ends(self) -> list[float]:
-        """The coordinates that are checked: every listed value, both ends of a range."""
+        """Every listed value, both ends of a range."""
         return [float(i) for i in range(len(self.listed))] if self.listed is not None else list(self.bounds or [0.0])
 
-    def value(self, coordinate: float, driver: JsonValue = None) -> JsonValue:
+    def probes(self) -> list[float]:
+        """The coordinates that are checked: the ends, and within a range some of which one is no integer."""
+        return self.ends() + ([] if self.bounds is None else [self.quantile(share) for share in _WITHIN])
+
+    def value(self, coordinate: float, driver: JsonValue = None, whole: bool = False) -> JsonValue:
         """What the key is set to at a coordinate: an index into a list, a number, or 1 - the value.
 
-        ``driver``: what the key ``with`` has. SweepError if the result is no decay.
+        ``driver``: what the key ``with`` has. ``whole``: the key counts something, and within a range from
+        integer to integer a number is rounded to one. SweepError if the result is no decay.
         """
         if self.listed is not None:
             return self.listed[int(coordinate)]
         if self.scale_one_minus is None:
-            return round(1 - coordinate, 12) if self.one_minus_log_uniform is not None else coordinate
+            if self.one_minus_log_uniform is not None:
+                return round(1 - coordinate, 12)
+            return round(coordinate) if whole and all(end.is_integer() for end in self._pair) else coordinate
         if isinstance(driver, bool) or not isinstance(driver, int | float):
             raise SweepError(f"with={self.with_key} must name a number, and it is {driver!r}")
         reference = self.scale_one_minus if isinstance(self.scale_one_minus, float) else coordinate
@@ -155,6 +163,11 @@ def lookup(key: str, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
         if (chosen := ".".join(parts[:cut])) in values:
             return _descend(values[chosen], parts[cut:])
     return _descend(base, parts)
+
+
+def is_whole(key: str, values: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether ``key`` counts something: a config dumps its float fields as floats."""
+    return type(lookup(key, values, base)) is int
 
 
 def _descend(node: Any, parts: list[str]) -> Any:

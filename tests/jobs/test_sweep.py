@@ -67,6 +67,11 @@ class Job:
         assert self._process.returncode == 0, "".join(self.lines)
         return "".join(self.lines)
 
+    def wait(self) -> None:
+        """Returns when the command has ended as it ends after a mistake."""
+        self._process.communicate(timeout=60)
+        assert self._process.returncode == 2, "".join(self.lines)
+
     def kill(self) -> None:
         """SIGKILL to the command; returns when Ray has ended what was its."""
         self._process.kill()
@@ -162,6 +167,23 @@ def test_a_trial_s_killed_driver_and_worker_are_made_up_for(tmp_path: Path) -> N
     runs = results(tmp_path).runs
     assert [run.status for run in runs] == ["finished", "finished"]
     assert all([score.epoch for score in run.scores] == [1, 2, 3, 4, 5, 6] for run in runs)
+
+
+@pytest.mark.heavy
+@pytest.mark.integration
+def test_trials_that_failed_run_again_when_the_sweep_is_taken_up(tmp_path: Path) -> None:
+    """Nothing can be written where the runs are to be, as on a disk that is full; then it can."""
+    one = "sweep.space={method.temperature: {grid: [0.2]}}"
+    (tmp_path / "runs").write_text("in the way")
+    first = Job(tmp_path, one, "train.epochs=1")
+    first.read_until(r"no finished trial .* t000 failed: \w*Error: .+")
+    first.wait()
+    (run,) = results(tmp_path).runs
+    assert run.status == "failed"
+    (tmp_path / "runs").unlink()
+    Job(tmp_path, one, "train.epochs=1").finish()
+    (run,) = results(tmp_path).runs
+    assert (run.status, run.reason, [score.epoch for score in run.scores]) == ("finished", "", [1])
 
 
 def test_a_dry_run_lists_the_trials_and_runs_none(

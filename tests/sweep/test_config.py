@@ -1,6 +1,7 @@
 """Spaces: what they resolve to, that trials can be told apart and drawn again, and what mistakes are told as."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.config import ConfigError
 from pipeline.errors import UserError
-from pipeline.sweep.config import Sweep, SweepConfig, load_sweep, overrides
+from pipeline.sweep.config import Asha, NoScheduler, Pbt, Sweep, SweepConfig, load_sweep, overrides
 from pipeline.sweep.space import Entry, SweepError
+from tests.data.images import write_digits
 
 BASE = """
 model: {name: resnet10t, image_size: 32}
@@ -192,6 +195,81 @@ def test_a_trial_that_fits_no_config_is_found_before_it_runs(tmp_path: Path) -> 
     load(tmp_path, space=space, searcher="grid", trials=None)
     with pytest.raises(SweepError, match=r"(?s)trial t00\d .*method\.queue_size=512.*does not hold"):
         load(tmp_path, space={**space, "method.queue_size": {"grid": [512, 4096]}}, searcher="grid", trials=None)
+
+
+def test_a_scheduler_is_replaced_by_its_name(tmp_path: Path) -> None:
+    asha: dict[str, Any] = {"space": TEMPERATURE, "scheduler": {"name": "asha", "grace_epochs": 2}}
+    assert load(tmp_path, "sweep.scheduler.name=none", **asha).config.scheduler == NoScheduler()
+    assert load(tmp_path, "sweep.scheduler=none", **asha).config.scheduler == NoScheduler()
+    same = load(tmp_path, "sweep.scheduler.name=asha", "sweep.scheduler.reduction=2", **asha)
+    assert same.config.scheduler == Asha(name="asha", grace_epochs=2, reduction=2)
+    pbt = load(tmp_path, "sweep.scheduler.name=pbt", "sweep.scheduler.every_epochs=3", **asha)
+    assert pbt.config.scheduler == Pbt(name="pbt", every_epochs=3)
+    bare = load(tmp_path, "sweep.scheduler.grace_epochs=4", space=TEMPERATURE, scheduler="asha")
+    assert bare.config.scheduler == Asha(name="asha", grace_epochs=4)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("sweep.space={", ["'sweep.space={'", "not a YAML value"]),
+        ("sweep.trials", ["'sweep.trials'", "sweep.trials=8"]),
+        ("sweep.name.x=1", ["sweep.name is 'try'", "no key 'x'"]),
+        ("sweep.searcher.seed=1", ["sweep.searcher is 'random'", "no key 'seed'"]),
+        ("sweep.scheduler=hyperband", ["scheduler", "'hyperband'", "'none', 'asha', 'pbt'"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message(tmp_path: Path, argument: str, words: list[str]) -> None:
+    with pytest.raises(SweepError) as caught:
+        load(tmp_path, argument, name="try", space=TEMPERATURE, searcher="random")
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_a_range_of_a_key_that_counts_gives_integers(tmp_path: Path, searcher: str) -> None:
+    space = {"method.projection_dim": {"uniform": [32, 256]}, "optim.lr": {"log_uniform": [1, 10]}}
+    sweep = load(tmp_path, space=space, searcher=searcher)
+    drawn = [sweep.config.draw(sweep.base.model_dump(mode="json"), trial) for trial in range(8)]
+    assert all(isinstance(values["method.projection_dim"], int) for values in drawn)
+    assert all(isinstance(values["optim.lr"], float) for values in drawn), "an lr of 1 to 10 counts nothing"
+    assert len({values["method.projection_dim"] for values in drawn}) > 4
+    given = load(tmp_path, space={"model.args.drop_rate": {"uniform": [0, 0.5]}}, set={"model.args": {"drop_rate": 0}})
+    assert any(
+        0 < float(str(values["model.args.drop_rate"])) < 0.5 for values in given.config.configurations(given.base)
+    )
+    with pytest.raises(SweepError, match=r"space\.train\.bn_ranks_per_group: (?s:.*)valid integer"):
+        load(tmp_path, space={"train.bn_ranks_per_group": {"uniform": [1, 4]}}, searcher=searcher)
+
+
+def test_what_tpe_draws_is_checked_against_the_shards(tmp_path: Path) -> None:
+    """Its ends before anything starts; what only clashes together when it is drawn."""
+    manifest = write_digits(f"{tmp_path}/shards", {"train": 600, "validation": 20})
+    batches = {"train.global_batch_size": {"grid": [128, 512]}, "method.queue_size": {"grid": [256, 1024]}}
+    sweep = load(tmp_path, space=batches, searcher="tpe", set={"method.queue_size": 1024}).for_data(manifest)
+    assert sweep.objection({"train.global_batch_size": 128, "method.queue_size": 256}, manifest) is None
+    clash = sweep.objection({"train.global_batch_size": 512, "method.queue_size": 256}, manifest)
+    assert clash is not None
+    assert clash.startswith("method.queue_size=256 does not hold the 512 keys")
+    assert "\n" not in clash
+    large = sweep.objection({"train.global_batch_size": 1024}, manifest)
+    assert large is not None
+    assert large.startswith("train.global_batch_size=1024 is more than the 600 samples")
+    with pytest.raises(ConfigError, match="global_batch_size=1024 is more than the 600 samples"):
+        load(tmp_path, space={"train.global_batch_size": {"uniform": [128, 1024]}}, searcher="tpe").for_data(manifest)
+
+
+def test_shards_that_cannot_measure_the_best_trial_are_refused(tmp_path: Path) -> None:
+    sweep = load(tmp_path, space=TEMPERATURE)
+    without = write_digits(f"{tmp_path}/without", {"train": 200, "selection": 20})
+    with pytest.raises(SweepError, match=r"none .* is of a split 'validation' .*--validation-share 0\.05"):
+        sweep.for_data(without)
+    with_both = write_digits(f"{tmp_path}/with", {"train": 200, "validation": 20})
+    assert sweep.for_data(with_both).train_images == 200
+    labels = np.where(with_both.samples.id >= 200, -1, with_both.samples.label).astype(np.int32)
+    unlabelled = replace(with_both, samples=replace(with_both.samples, label=labels))
+    with pytest.raises(SweepError, match=r"none .* of the split 'validation' has a label"):
+        sweep.for_data(unlabelled)
 
 
 def test_the_base_ranks_by_selection_and_stops_on_collapse(tmp_path: Path) -> None:

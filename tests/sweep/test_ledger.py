@@ -81,3 +81,14 @@ def test_a_segment_takes_the_place_of_what_it_does_again(ledger: Ledger) -> None
     (run,) = ledger.results.runs
     assert (run.run_id, run.values, [score.epoch for score in run.scores]) == ("b", {"k": 1.2}, [2])
     assert [(part.run_id, part.parent) for part in run.lineage] == [("a", None), ("b", "c")]
+
+
+def test_a_trial_without_a_run_fails_with_its_reason(ledger: Ledger) -> None:
+    ledger.begin("t001", {"k": 2}, {0: "a"})
+    for trial in ("t000", "t001"):
+        ledger.refuse(trial, {"k": 1.5}, [0], "why")
+        ledger.end(trial, "stopped")
+    assert [(run.status, run.reason, run.values, run.run_id) for run in ledger.results.runs] == [
+        ("failed", "why", {"k": 1.5}, ""),
+        ("failed", "why", {"k": 1.5}, "a"),
+    ]

@@ -1,5 +1,6 @@
 """What a person reads after a sweep, and the config it leaves."""
 
+import io
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import scipy.stats
 
 from pipeline.config import load_config
+from pipeline.sweep.display import SweepDisplay
 from pipeline.sweep.report import (
     NoBestError,
     best_config,
@@ -98,6 +100,19 @@ def test_a_sweep_without_a_finished_trial_has_a_table_and_no_best() -> None:
     assert tied_with_best(results) == []
     with pytest.raises(NoBestError, match=r"no finished trial to take a config from: t000 running"):
         best_config(results, load_config("configs/quickstart.yaml"))
+
+
+def test_what_failed_is_told_with_its_reason() -> None:
+    reason = f"OSError: [Errno 28] No space left on device: {'/a-long-path' * 8}"
+    failed = one_run(0, {TEMPERATURE: 0.1}, 0.5, epochs=1, status="failed", reason=f"{reason}\nand more")
+    results = sweep([failed], {TEMPERATURE: "log"})
+    with pytest.raises(NoBestError) as caught:
+        best_config(results, load_config("configs/quickstart.yaml"))
+    assert str(caught.value).endswith(f": t000 failed: {reason}")
+    stream = io.StringIO()
+    SweepDisplay(stream).show(results)
+    assert stream.getvalue().endswith(f"temperature 0.1  failed: {reason}\n")
+    assert "No space left on device" in table(results)
 
 
 def test_rank_correlation_is_scipy_s_with_ties_and_counts_its_points() -> None:
