@@ -26,7 +26,7 @@ def test_every_recipe_passes(path: Path) -> None:
     [
         (["model.args={foo: 1}"], ["model.name=resnet10t with model.args={'foo': 1}", "'foo'", "stem_width", "ResNet"]),
         (["model.args={in_chans: 1}"], ["does not take images of 32 px", "3 channels", "model.args"]),
-        (["model={name: mobilenetv3_small_050}"], ["shape (2, 1024)", "(2, 288)", "e.g. resnet50"]),
+        (["model.args={global_pool: ''}"], ["shape (2, 512, 1, 1)", "(2, 512)", "e.g. resnet50"]),
         (
             [*VIT, "method={name: moco_v2, views: [{}, {size: 24}]}"],
             ["images of 24 px", "(24) doesn't match model (32)"],

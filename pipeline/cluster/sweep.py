@@ -44,7 +44,7 @@ def trials_at_a_time(cluster: ClusterConfig, seeds: int) -> int:
     if workers < needed:
         raise ClusterError(
             f"one trial needs {needed} workers ({seeds} seeds x {cluster.num_workers}) of "
-            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs, and the nodes of this cluster hold "
+            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs, and this cluster's nodes hold "
             f"{workers}; lower sweep.seeds, cluster.num_workers, cluster.cpus_per_worker (0.5: two share a core) or "
             "cluster.gpus_per_worker, or add nodes"
         )
