@@ -238,8 +238,8 @@ def test_a_range_of_a_key_that_counts_gives_integers(tmp_path: Path, searcher: s
     assert any(
         0 < float(str(values["model.args.drop_rate"])) < 0.5 for values in given.config.configurations(given.base)
     )
+    space = {"train.bn_ranks_per_group": {"uniform": [1, 4]}}
     with pytest.raises(SweepError, match=r"space\.train\.bn_ranks_per_group: (?s:.*)valid integer"):
-        space = {"train.bn_ranks_per_group": {"uniform": [1, 4]}}
         load(tmp_path, "cluster.num_workers=4", space=space, searcher=searcher)
 
 
