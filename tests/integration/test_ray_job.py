@@ -165,7 +165,7 @@ def test_a_cluster_too_small_says_so_while_it_waits_for_nodes(
     """As long as a node may yet join, this is no error."""
     arguments = [f"storage.url={s3.url}/parallax", f"tracking.uri={mlflow_server.uri}", "cluster.num_workers=5"]
     submit(ray_cluster, "small", "jobs.pretrain", "configs/quickstart.yaml", *TOY, *arguments)
-    read_until(ray_cluster, "small", r"offers 2 CPUs .* 5 workers .* waiting up to 60 s for nodes")
+    read_until(ray_cluster, "small", r"offers 2 CPUs .* hold 2 workers .* 5 are wanted.* waiting up to 60 s for nodes")
     get(ray_cluster, "/api/jobs/small/stop", method="POST")
     assert ended(ray_cluster, "small") == "STOPPED"
 
