@@ -130,6 +130,7 @@ def keep_best(sweep: Sweep, manifest: Manifest, folder: SweepFolder, ledger: Led
             selection_knn=chosen.scores[-1].knn,
             validation_knn=scores["knn/encoder"],
             validation_linear=scores.get("linear/encoder"),
+            encoder=f"models:/{entry.name}@{entry.alias}",
             model_uri=entry.model_uri,
             version=entry.version,
         )
@@ -166,14 +167,13 @@ def print_plan(sweep: Sweep, sweep_id: str) -> None:
 def print_summary(sweep: Sweep, folder: SweepFolder, results: SweepResults, seconds: float | None = None) -> None:
     """The table, and where everything is."""
     assert results.final is not None, "the sweep ended without a best trial"
-    registry = sweep.base.registry
     print(f"""\
 {summary(results, sweep.config.first_rung())}
 
 {"-" * 78}
 {results.sweep_id} is complete{f" after {seconds / 60:.1f} min" if seconds is not None else ""}
   best      {results.final.trial}: {storage.join(folder.url, "best.yaml")}
-  encoder   models:/{registry.model_name}@{registry.alias}  (version {results.final.version})
+  encoder   {results.final.encoder}  (version {results.final.version}, in {results.tracking_uri})
   pictures  {folder.url}
   again     python -m jobs.pretrain {storage.join(folder.url, "best.yaml")} seed=1
 {"-" * 78}""")

@@ -126,7 +126,8 @@ class Final(_Record):
     selection_knn: float  # of this run
     validation_knn: float
     validation_linear: float | None
-    model_uri: str  # in the registry
+    encoder: str  # models:/<name>@<alias>, as registered
+    model_uri: str
     version: str
 
 

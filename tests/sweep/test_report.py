@@ -71,7 +71,7 @@ def test_the_summary_names_the_tie_and_the_optimism() -> None:
     results = sweep(RUNS, KEYS)
     final = Final(
         trial="t001", seed=0, run_id="r", selection_knn=0.95, validation_knn=0.931, validation_linear=None,
-        model_uri="models:/m", version="1",
+        encoder="models:/toy@champion", model_uri="models:/m", version="1",
     )  # fmt: skip
     text = summary(results.model_copy(update={"final": final}), early_epoch=1)
     assert tied_with_best(results) == ["t001", "t002"]
