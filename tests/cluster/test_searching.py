@@ -116,14 +116,13 @@ def test_a_controller_that_starts_too_late_is_aborted_and_is_not_the_next_trial_
     manifest = write_digits(f"{tmp_path}/shards", {"train": 600, "validation": 20})
     sweep = load(tmp_path, "sweep.searcher=tpe", "sweep.trials=2").for_data(manifest)
     job: Any = Job(sweep, "s-0123456789", manifest.url, SimpleNamespace(put=SimpleNamespace(remote=print)))  # type: ignore[arg-type]
-    go_on, asked, ended = threading.Event(), threading.Event(), threading.Event()
+    go_on, asked = threading.Event(), threading.Event()
     aborted: list[Any] = []
 
-    def pretrain(*config: Any, on_start: Callable[[Started], None], **options: Any) -> None:
+    def pretrain(config: Any, *manifest: Any, on_start: Callable[[Started], None], **options: Any) -> None:
         asked.set()
         assert go_on.wait(30)
-        on_start(Started("late"))  # type: ignore[arg-type]
-        ended.set()
+        on_start(Started(f"of {config.method.temperature}"))  # type: ignore[arg-type]
 
     monkeypatch.setattr(trial, "pretrain", pretrain)
     monkeypatch.setattr(trial, "_abort", aborted.append)
@@ -132,12 +131,14 @@ def test_a_controller_that_starts_too_late_is_aborted_and_is_not_the_next_trial_
     stopped = trial_of(job, first)
     stopped._begin()
     assert asked.wait(30)
+    threads = stopped._threads
     stopped.reset_config(second)
     stopped._begin()
     go_on.set()
-    assert ended.wait(30)
-    assert aborted == ["late"]
-    assert "late" not in stopped._controllers.values()
+    for thread in threads + stopped._threads:  # one that outlives the test would train in earnest
+        thread.join(60)
+    assert aborted == ["of 0.1"]
+    assert [*stopped._controllers.values()] == ["of 1.1"]
 
 
 def step_by_step(

@@ -366,8 +366,8 @@ def test_status_without_a_cluster_is_one_message() -> None:
 
 def silent_rank(shards: RayShards) -> str:
     """Rank 1 hands over nothing; what rank 0 is told."""
-    courier._LIMIT_S, courier._WAIT_S = 2.0, 0.5
     queue = ServedQueue(MomentumQueue(SIZE, DIM), shards, batch=BATCH, max_staleness=0)
+    courier._LIMIT_S, courier._WAIT_S = 2.0, 0.5
     message = ""
     if distributed.rank() == 0:
         queue.enqueue(*keys_of(0, 0, 2))
