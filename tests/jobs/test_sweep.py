@@ -173,15 +173,15 @@ def test_a_trial_s_killed_driver_and_worker_are_made_up_for(tmp_path: Path) -> N
 @pytest.mark.integration
 def test_trials_that_failed_run_again_when_the_sweep_is_taken_up(tmp_path: Path) -> None:
     """Nothing can be written where the runs are to be, as on a disk that is full; then it can."""
-    one = "sweep.space={method.temperature: {grid: [0.2]}}"
+    one = ["sweep.space={method.temperature: {grid: [0.2]}}", "train.epochs=1", "optim.warmup_epochs=0"]
     (tmp_path / "runs").write_text("in the way")
-    first = Job(tmp_path, one, "train.epochs=1")
+    first = Job(tmp_path, *one)
     first.read_until(r"no finished trial .* t000 failed: \w*Error: .+")
     first.wait()
     (run,) = results(tmp_path).runs
     assert run.status == "failed"
     (tmp_path / "runs").unlink()
-    Job(tmp_path, one, "train.epochs=1").finish()
+    Job(tmp_path, *one).finish()
     (run,) = results(tmp_path).runs
     assert (run.status, run.reason, [score.epoch for score in run.scores]) == ("finished", "", [1])
 
