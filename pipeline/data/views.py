@@ -202,6 +202,7 @@ def resize(image: Pixels, height: int, width: int | None = None) -> Pixels:
     if max(taps) > 0.03:  # reductions by less than 1.17 need none
         rows, columns = (np.array([min(a, 0.33), 1 - 2 * min(a, 0.33), min(a, 0.33)], np.float32) for a in taps)
         image = cv2.sepFilter2D(image, -1, columns, rows, borderType=cv2.BORDER_REPLICATE)
+    cv2.ipp.setUseIPP_NotExact(True)  # of this thread: in float, twice as quick and nearer to torchvision
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
@@ -244,11 +245,49 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
-    """Turn the hue by ``shift`` of a full circle. In float32: OpenCV's 8-bit HSV is off by 0.5, for 0.7 of the time."""
-    hsv: Pixels = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
-    hsv[..., 0] += shift % 1 * 360  # OpenCV wraps above 360 degrees, not below 0
-    rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
-    return cv2.convertScaleAbs(rgb, alpha=HUE_SCALE, beta=-0.499)
+    """Turn the hue by ``shift`` of a full circle, in uint8 throughout: 0.6 of the time of a float32 HSV, 0.04 off.
+
+    Between the least (m) and the largest (m + C) of a pixel's channels each follows the hue on a trapezoid: up for one
+    sextant, flat for two, down for one, flat for two. So a turn by a share f of a sextant makes of red
+
+        m + clip(R - G + (C (1 - f) if G > B else C f), 0, C)
+
+    and of green and blue the same with the channels' names moved on. A turn by a whole sextant moves them on by one and
+    swaps the signs of all differences.
+    """
+    height = image.shape[0]
+    planes = np.empty((5 * height, image.shape[1]), np.uint8)  # red, green, blue, red, green
+    r, g, b = (planes[c * height : (c + 1) * height] for c in range(3))
+    cv2.split(image, [r, g, b])
+    planes[3 * height :] = planes[: 2 * height]
+    # Of red, green and blue at once: the channel itself, the one after it, the one after that.
+    x, y, z = (planes[c * height : (c + 3) * height] for c in range(3))
+    low = cv2.min(cv2.min(r, g), b)
+    chroma = cv2.subtract(cv2.max(cv2.max(r, g), b), low)
+
+    sextants = int(shift % 1 * 6)
+    share = shift % 1 * 6 - sextants
+    # HUE_SCALE multiplies the result; what it adds is that of the middle of the pixel's range.
+    excess = HUE_SCALE - 1
+    up = cv2.addWeighted(chroma, share + excess / 2, low, excess, -0.499)
+    down = cv2.addWeighted(chroma, 1 - share + excess / 2, low, excess, -0.499)
+    larger, smaller = y, z
+    if sextants % 2:
+        x, y, larger, smaller = y, x, z, y
+    if share > 0.5:  # the larger of the two parts is masked below
+        up, down, larger, smaller = down, up, smaller, larger
+    part = cv2.compare(larger, smaller, cv2.CMP_GT).reshape(3, *low.shape)  # 255 or 0
+    np.minimum(part, down, out=part)
+    np.maximum(part, up, out=part)
+
+    # uint8 saturates at 0; at 255 only where the next line clips anyway.
+    turned = cv2.add(cv2.subtract(x, y), part.reshape(x.shape))
+    cv2.subtract(turned, cv2.subtract(y, x), dst=turned)
+    channels = turned.reshape(part.shape)
+    np.minimum(channels, chroma, out=channels)
+    np.add(channels, low, out=channels)
+    merged: Pixels = cv2.merge([channels[(c + sextants) % 3] for c in range(3)])
+    return merged
 
 
 def _factor(strength: float, u: float) -> float:
