@@ -202,8 +202,10 @@ def resize(image: Pixels, height: int, width: int | None = None) -> Pixels:
     if max(taps) > 0.03:  # reductions by less than 1.17 need none
         rows, columns = (np.array([min(a, 0.33), 1 - 2 * min(a, 0.33), min(a, 0.33)], np.float32) for a in taps)
         image = cv2.sepFilter2D(image, -1, columns, rows, borderType=cv2.BORDER_REPLICATE)
-    cv2.ipp.setUseIPP_NotExact(True)  # of this thread: in float, twice as quick and nearer to torchvision
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    cv2.ipp.setUseIPP_NotExact(True)  # in float: twice as quick, and nearer to torchvision
+    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    cv2.ipp.setUseIPP_NotExact(False)  # of this thread, where it would change what comes before the next time
+    return resized
 
 
 def affine(image: Pixels, rotate: float, shear: float) -> Pixels:
