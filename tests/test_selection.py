@@ -117,10 +117,11 @@ def score(config: Config, *, poison: bool = False) -> float:
 
 
 def test_the_score_of_given_weights_is_the_same_at_any_world_size(config: Config) -> None:
-    """With 50 images in passes of 64, one rank of two encodes nothing of the bank."""
+    """With 50 images in passes of 64, one rank of two encodes nothing of the bank. All ranks have one thread: the number
+    of threads moves features by 4e-7, and an untrained encoder's neighbours are close to ties."""
     for change in ([], ["evaluate.selection.bank_images=50"], ["evaluate.batch_size=7"]):
         changed = override(config, change)
-        assert gloo.run(2, score, changed) == [score(changed)] * 2, change
+        assert gloo.run(2, score, changed) == gloo.run(1, score, changed) * 2, change
 
 
 def fit_in_float64(config: Config, store_url: str) -> list[tuple[int, float]]:
