@@ -1,7 +1,9 @@
 """Views against torchvision: the same parameters, mean |difference| below 1 of 255, by operation and whole."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,15 @@ def test_resize(size: tuple[int, int], target: int) -> None:
     image = photo(*size, seed=1)
     oracle = F2.resize(tensor(image), [target, target], antialias=True)
     assert difference(views.resize(image, target), oracle) < 1
+
+
+def test_a_thread_s_first_image_is_resized_as_any_other() -> None:
+    """How OpenCV calls IPP is a setting of each thread."""
+    image = photo(900, 1100)
+    with ThreadPoolExecutor(1) as thread:
+        first, second = (thread.submit(views.resize, image, 96).result() for _ in range(2))
+    assert (first == second).all()
+    assert not cv2.ipp.useIPP_NotExact(), "others that share the thread find it as it was"
 
 
 @pytest.mark.parametrize("factor", [0.2, 0.7, 1.0, 1.3, 1.8])
