@@ -117,8 +117,10 @@ def score(config: Config, *, poison: bool = False) -> float:
 
 
 def test_the_score_of_given_weights_is_the_same_at_any_world_size(config: Config) -> None:
-    """With 50 images in passes of 64, one rank of two encodes nothing of the bank. All ranks have one thread: the number
-    of threads moves features by 4e-7, and an untrained encoder's neighbours are close to ties."""
+    """With 50 images in passes of 64, one rank of two encodes nothing of the bank.
+
+    All ranks have one thread: how many move the features by 4e-7, and an untrained encoder's neighbours nearly tie.
+    """
     for change in ([], ["evaluate.selection.bank_images=50"], ["evaluate.batch_size=7"]):
         changed = override(config, change)
         assert gloo.run(2, score, changed) == gloo.run(1, score, changed) * 2, change
