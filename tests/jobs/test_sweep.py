@@ -81,13 +81,13 @@ class Job:
             assert time.monotonic() < deadline, "Ray's processes outlive their driver"
             time.sleep(0.5)
 
-    def pids(self, name: bytes) -> list[int]:
-        """Its processes whose command line begins with ``name``."""
+    def pids(self, *names: bytes) -> list[int]:
+        """Its processes whose command line begins with one of ``names``, each process looked at once."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 is_ours = f"PARALLAX_TEST_JOB={self._mark}".encode() in (entry / "environ").read_bytes()
-                if is_ours and (entry / "cmdline").read_bytes().startswith(name):
+                if is_ours and (entry / "cmdline").read_bytes().startswith(names):
                     found.append(int(entry.name))
             except OSError:
                 continue  # ended while we looked
@@ -158,11 +158,11 @@ def test_a_trial_s_killed_driver_and_worker_are_made_up_for(tmp_path: Path) -> N
         tmp_path, "train.epochs=6", "sweep.space={method.temperature: {grid: [0.2, 0.5]}}", "cluster.cpus_per_worker=2"
     )
     job.read_until(r"t000 .* epoch 1/6")
-    (driver,) = job.pids(b"ray::ResourceTrainable") + job.pids(b"ray::PretrainTrial")  # in a call of Tune, or not
+    (driver,) = job.pids(b"ray::ResourceTrainable", b"ray::PretrainTrial")  # in a call of Tune, or between two
     os.kill(driver, signal.SIGKILL)
     job.read_until(r"t000 .* epoch [3-6]/6")
-    for worker in job.pids(b"ray::RayTrainWorker"):
-        os.kill(worker, signal.SIGKILL)
+    (worker,) = job.pids(b"ray::RayTrainWorker")
+    os.kill(worker, signal.SIGKILL)
     job.finish()
     runs = results(tmp_path).runs
     assert [run.status for run in runs] == ["finished", "finished"]
