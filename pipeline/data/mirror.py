@@ -13,11 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.data.fetch import Fetch, read_range
+from pipeline.data.fetch import CHUNK_BYTES, Fetch, read_range
 from pipeline.data.manifest import Manifest
 from pipeline.storage import StorageError
 
-CHUNK_BYTES = 4 * 2**20
 _TRIM_EVERY = 32  # chunks written between two looks at the folder's size
 _TRIM_TO = 0.9  # of the bound, so that a trim is not needed at once again
 

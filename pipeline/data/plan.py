@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Shards
 
 MAX_LANES = 64  # more ranks x loader workers than lanes read some bytes more than once
-BLOCK_BYTES = 8 * 2**20  # per lane and block: 64 lanes hold 512 MiB in all, over all ranks; 1.5 MiB cost 2x the CPU
+BLOCK_BYTES = 8 * 2**20  # per lane and block: 64 lanes hold 512 MiB in all, over all ranks, and at most 256 MiB of
+# what comes next, as reads end with whole chunks (pipeline/data/reader.py); blocks of 1.5 MiB cost 2x the CPU
 
 # Words 2 and 3 of Philox's 256-bit counter: streams that must never meet.
 _SHARD_STREAM, _BLOCK_STREAM, _AUGMENT_STREAM = 1, 2, 3

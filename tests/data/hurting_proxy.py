@@ -7,6 +7,7 @@ classes below; ``proxy.faults`` are served to the next GETs in turn, ``proxy.alw
 import http.client
 import http.server
 import socket
+import ssl
 import struct
 import threading
 from collections import deque
@@ -49,14 +50,20 @@ class Flip:
     offset: int
 
 
-Fault = Status | Cut | Fin | Stall | Flip
+@dataclass(frozen=True)
+class Close:
+    """Announce the connection's end, send everything, close it."""
+
+
+Fault = Status | Cut | Fin | Stall | Flip | Close
 
 
 class HurtingProxy:
-    """Listens on loopback; ``requests`` counts the GETs of shards."""
+    """Listens on loopback, with ``tls`` on https; ``requests`` counts the GETs of shards."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, tls: ssl.SSLContext | None = None) -> None:
         self.backend = backend.removeprefix("http://")
+        self._tls = tls
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.requests = 0
@@ -66,7 +73,7 @@ class HurtingProxy:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def up(self) -> None:
         """Listen, on the same port as before."""
@@ -77,6 +84,8 @@ class HurtingProxy:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
+        if self._tls:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -122,6 +131,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for key, value in response.getheaders():
             if key.lower() not in ("transfer-encoding", "connection", "date", "server"):
                 self.send_header(key, value)
+        if isinstance(fault, Close):
+            self.send_header("Connection", "close")  # BaseHTTPRequestHandler then closes it
         self.end_headers()
         if isinstance(fault, Cut | Fin | Stall):
             self.wfile.write(body[: int(len(body) * fault.share)])

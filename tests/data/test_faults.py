@@ -3,12 +3,20 @@
 Against a real S3 server (SeaweedFS) through a proxy that hurts requests. Timeouts are shortened, nothing else.
 """
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from torch import Tensor
 
 from pipeline import storage
@@ -19,7 +27,7 @@ from pipeline.data.reader import IntegrityError
 from pipeline.data.views import View
 from pipeline.storage import DeniedError, MissingError, StorageError
 from tests.conftest import S3
-from tests.data.hurting_proxy import Cut, Fault, Fin, Flip, HurtingProxy, Stall, Status
+from tests.data.hurting_proxy import Close, Cut, Fault, Fin, Flip, HurtingProxy, Stall, Status
 from tests.data.images import write_photos
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]  # never a hang
@@ -43,6 +51,26 @@ def proxy(s3: S3, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterat
     proxy.stop()
 
 
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 and its key, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    path = folder / "certificate.pem"
+    path.write_bytes(
+        certificate.public_bytes(pem)
+        + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return path
+
+
 def epoch(manifest: Manifest, num_workers: int = 0) -> list[Tensor]:
     loader = Loader(manifest, "train", (View(),), image_size=16, global_batch_size=12, seed=0, num_workers=num_workers)
     batches = list(loader.batches(0, loader.steps_per_epoch))
@@ -61,6 +89,7 @@ HEALED: dict[str, list[Fault]] = {
     "cut at once": [Cut(0.0), Cut(0.0), Cut(0.0)],
     "FIN mid-body": [Fin(0.5), Fin(0.3)],
     "stall": [Stall(0.5), Stall(0.0)],
+    "connections of one request": [Close(), Close(), Close()],
     "bit flip in a payload": [Flip(0)] * 2,  # the offset is set below
 }
 
@@ -79,6 +108,27 @@ def test_a_passing_fault_leaves_no_trace(
     assert all(map(torch.equal, seen, undisturbed))
     assert not proxy.faults, "every fault struck"
     assert time.monotonic() - started < 15
+
+
+def test_faults_behind_tls_heal_alike(
+    manifest: Manifest, undisturbed: list[Tensor], s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call of the kernel fills the buffer there."""
+    certificate = self_signed(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    proxy = HurtingProxy(s3.server.endpoint, tls)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 1.0)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
+        epoch(manifest)
+    assert time.monotonic() - started < 3
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    proxy.faults.extend([Status(503), Cut(0.5), Fin(0.5), Stall(0.5), Close()])
+    assert all(map(torch.equal, epoch(manifest), undisturbed))
+    assert not proxy.faults
+    proxy.stop()
 
 
 def test_faults_strike_loader_workers_alike(manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy) -> None:
