@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import io
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -290,7 +291,15 @@ def _torchvision(dataset: str, root: str) -> Source:
     for split, images in datasets.items():
         targets = getattr(images, "targets", None)
         for index in range(len(images)):
-            label = int(images[index][1] if targets is None else targets[index])
+            target = images[index][1] if targets is None else targets[index]
+            try:
+                label = operator.index(target)
+            except TypeError as error:
+                raise SourceError(
+                    f"torchvision.datasets.{dataset}: the target of image {index} of {split} is {target!r}, not the "
+                    "number of a class; sets that work have one integer for each image, e.g. CIFAR10; any other can be "
+                    "written from a table of files: table:<file.csv or file.parquet>"
+                ) from error
             items.append(Item(f"{split}{index:08d}", "png", split, label, 4096, (split, index)))
 
     def read(item: Item) -> bytes:

@@ -283,6 +283,19 @@ def test_a_torchvision_dataset_whose_other_split_is_val(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_torchvision_dataset_whose_targets_are_no_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    for name, data in (
+        ("ImageSets/Segmentation/train.txt", b"a\n"),
+        ("JPEGImages/a.jpg", jpeg(photo(9, 9))),
+        ("SegmentationClass/a.png", png(photo(9, 9))),
+    ):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(data)
+    with pytest.raises(SourceError, match=r"image 0 of train is '.*a\.png', not the number of a class.*CIFAR10.*table:"):
+        open_source(f"torchvision:VOCSegmentation:{tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
