@@ -155,6 +155,8 @@ class HttpFetch:
         response = connection.getresponse()
         if response.status == 206:
             self._check_object(shard, response)
+            if response.length not in (end - start, None):  # None: chunked
+                raise ConnectionError(f"{response.length} bytes instead of the {end - start} asked for")
             return response
         reason = f"HTTP {response.status} {response.reason}"
         detail = response.read(2000).decode(errors="replace")
@@ -216,16 +218,16 @@ class HttpFetch:
             self._local.connection = None
 
 
-def _receive(response: http.client.HTTPResponse, connection: socket.socket | None, buffer: memoryview) -> Iterator[int]:
-    """Fill ``buffer`` with the body; yields how many bytes came, again and again. TimeoutError where none come.
+def _receive(response: http.client.HTTPResponse, connection: socket.socket | None, body: memoryview) -> Iterator[int]:
+    """Fill ``body`` with the response's; yields how many bytes came, again and again. TimeoutError where none come.
 
     From a plain socket the kernel fills it in one call: a call for each piece that arrives is 0.1 CPU-s/GB of Python.
     """
-    body = buffer[: response.length]
     if connection is None or isinstance(connection, ssl.SSLSocket) or response.length is None:
         while count := response.readinto(body[:_READ_BYTES]):
             yield count
             body = body[count:]
+        response.read()  # how chunks end
         return
     count = response.fp.readinto1(body)  # came with the headers
     yield count

@@ -55,7 +55,17 @@ class Close:
     """Announce the connection's end, send everything, close it."""
 
 
-Fault = Status | Cut | Fin | Stall | Flip | Close
+@dataclass(frozen=True)
+class Longer:
+    """Send a byte more than was asked for."""
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """Send the body in chunks, its length not known before."""
+
+
+Fault = Status | Cut | Fin | Stall | Flip | Close | Longer | Chunked
 
 
 class HurtingProxy:
@@ -127,10 +137,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         backend.close()
         if isinstance(fault, Flip):
             body = _flipped(body, response.getheader("Content-Range"), fault.offset)
+        if isinstance(fault, Longer):
+            body += b"?"
         self.send_response(response.status)
         for key, value in response.getheaders():
-            if key.lower() not in ("transfer-encoding", "connection", "date", "server"):
+            if key.lower() not in ("transfer-encoding", "connection", "date", "server", "content-length"):
                 self.send_header(key, value)
+        if isinstance(fault, Chunked):
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:1000], body[1000:]) if part)
+            body += b"0\r\n\r\n"
+        else:
+            self.send_header("Content-Length", str(len(body)) if body else response.getheader("Content-Length", "0"))
         if isinstance(fault, Close):
             self.send_header("Connection", "close")  # BaseHTTPRequestHandler then closes it
         self.end_headers()

@@ -27,7 +27,7 @@ from pipeline.data.reader import IntegrityError
 from pipeline.data.views import View
 from pipeline.storage import DeniedError, MissingError, StorageError
 from tests.conftest import S3
-from tests.data.hurting_proxy import Close, Cut, Fault, Fin, Flip, HurtingProxy, Stall, Status
+from tests.data.hurting_proxy import Chunked, Close, Cut, Fault, Fin, Flip, HurtingProxy, Longer, Stall, Status
 from tests.data.images import write_photos
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]  # never a hang
@@ -90,6 +90,8 @@ HEALED: dict[str, list[Fault]] = {
     "FIN mid-body": [Fin(0.5), Fin(0.3)],
     "stall": [Stall(0.5), Stall(0.0)],
     "connections of one request": [Close(), Close(), Close()],
+    "more than was asked for": [Longer(), Longer()],
+    "bodies in chunks": [Chunked(), Chunked()],
     "bit flip in a payload": [Flip(0)] * 2,  # the offset is set below
 }
 

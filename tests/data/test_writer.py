@@ -292,7 +292,9 @@ def test_a_torchvision_dataset_whose_targets_are_no_classes(tmp_path: Path) -> N
     ):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(data)
-    with pytest.raises(SourceError, match=r"image 0 of train is '.*a\.png', not the number of a class.*CIFAR10.*table:"):
+    with pytest.raises(
+        SourceError, match=r"image 0 of train is '.*a\.png', not the number of a class.*CIFAR10.*table:"
+    ):
         open_source(f"torchvision:VOCSegmentation:{tmp_path}")
 
 
