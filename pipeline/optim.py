@@ -241,9 +241,9 @@ def _trust_ratio(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> flo
     decay = group["weight_decay"]
     ww = gg = gw = 0.0
     for w, g in zip(_flat(weight).split(CHUNK), _flat(gradient).split(CHUNK), strict=True):
+        gw += float(torch.dot(g, w)) if decay else 0.0  # first: it reads both from memory at once
         ww += float(torch.dot(w, w))
         gg += float(torch.dot(g, g))
-        gw += float(torch.dot(g, w)) if decay else 0.0
     w_norm = math.sqrt(ww)
     if group["trust_form"] == "timm":
         divisor = math.sqrt(gg) + decay * w_norm + 1e-8
