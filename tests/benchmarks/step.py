@@ -104,8 +104,8 @@ def bench_ema(repetitions: int) -> dict[str, float]:
     """Moving a momentum ResNet-50; the loop is MoCo's and BYOL's, as released.
 
     The floor, one flat lerp, bounds the gain over the loop: 2.9x to 3.3x on a Xeon, 4.1x on AMD Zen 4. Walking the
-    modules for their parameters is 5 % of ours. As a step of torch's fused SGD, with a negative rate and decay, it would
-    be 1.16x as fast on the Xeon: 2 ms that are not worth the riddle, for a step takes seconds there.
+    modules for their parameters is 5 % of ours. As a step of torch's fused SGD, with a negative rate and decay, it
+    would be 1.16x as fast on the Xeon: 2 ms that are not worth the riddle, for a step takes seconds there.
     """
     online = timm.create_model("resnet50", num_classes=0)
     momentum = copy.deepcopy(online).requires_grad_(False)
