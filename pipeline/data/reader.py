@@ -8,7 +8,7 @@ next begins with what is there already: all requests are for whole chunks, and n
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,23 +49,25 @@ class SampleReader:
         ids: NDArray[np.int64],
         buffer: NDArray[np.uint8],
         start: int = 0,
-        before: "Beyond | None" = None,
+        before: "Before | None" = None,
         then: Run | None = None,
     ) -> "Block":
         """A block of the samples ``ids``, which are those of ``runs`` in any order, read into ``buffer``.
 
-        ``before`` is what was read beyond the previous block's end; ``then`` what the next block begins with.
+        ``before`` is the previous block, which may still be read, and ``then`` what the next one begins with.
         """
         samples, filled = self._samples, 0
         read, starts = [], []
         beyond = self._num_beyond(runs[-1], then)
         for number, run in enumerate(runs):
             shard, low, high = self._range(run)
-            upto = high + beyond * (number == len(runs) - 1)
+            known = self._num_known(before.last, run) if before is not None and number == 0 else 0
+            upto = high + beyond if number == len(runs) - 1 else high
             into = buffer.data[filled : filled + upto - low]
-            known = before.copy(shard, low, into) if before is not None and number == 0 else 0
             if known < len(into):
                 self._fetch.fill(shard, low + known, into[known:])
+            if before is not None and known:
+                self._copy_known(before.block, shard, low, into[:known])
             rows = slice(run.first - samples.first_id, run.first - samples.first_id + run.count)
             read.append(np.arange(run.first, run.first + run.count))
             starts.append(samples.offset[rows] - low + filled)
@@ -81,7 +83,7 @@ class SampleReader:
             samples.crc32[rows_of_ids].tolist(),
             buffer,
             start,
-            Beyond(shard, high, buffer.data[filled : filled + beyond]),
+            buffer.data[filled : filled + beyond],
         )
 
     def read_run(self, run: Run) -> "Block":
@@ -117,22 +119,25 @@ class SampleReader:
         (shard, _, end), (next_shard, _, next_end) = self._range(run), self._range(then)
         return min(-end % CHUNK_BYTES, next_end - end) if next_shard == shard else 0
 
+    def _num_known(self, last: Run, run: Run) -> int:
+        """Bytes of a run, from its first on, that are read beyond the end of the one before it."""
+        beyond = self._num_beyond(last, run)
+        return max(self._range(last)[2] + beyond - self._range(run)[1], 0) if beyond else 0
+
+    def _copy_known(self, before: "Future[Block]", shard: int, low: int, known: memoryview) -> None:
+        """Fill ``known``, the bytes of ``shard`` from ``low`` on that the block before has; if it failed, read them."""
+        try:
+            known[:] = before.result().beyond[-len(known) :]
+        except (StorageError, CancelledError):
+            self._fetch.fill(shard, low, known)
+
 
 @dataclass(frozen=True)
-class Beyond:
-    """What was read of a shard beyond a block's end, from byte ``start`` on."""
+class Before:
+    """The block before one that is to be read: its last run, and the block once it is there."""
 
-    shard: int
-    start: int
-    data: memoryview
-
-    def copy(self, shard: int, start: int, into: memoryview) -> int:
-        """Fill the front of ``into``, bytes of ``shard`` from ``start`` on; how much of it is known."""
-        if shard != self.shard or start < self.start:
-            return 0
-        known = self.data[start - self.start :][: len(into)]
-        into[: len(known)] = known
-        return len(known)
+    last: Run
+    block: "Future[Block]"
 
 
 class Block:
@@ -147,12 +152,12 @@ class Block:
         crcs: list[int],
         buffer: NDArray[np.uint8],
         start: int,
-        beyond: Beyond,
+        beyond: memoryview,
     ) -> None:
         self.start = start  # in the lane, in samples
         self.ids = ids
         self.buffer = buffer
-        self.beyond = beyond
+        self.beyond = beyond  # what was read of its last shard after its end
         self._reader = reader
         self._data = buffer.data
         self._starts, self._ends = starts.tolist(), (starts + lengths).tolist()
@@ -190,9 +195,10 @@ class LaneReader:
         """lane -> block at global ``step``; reads ahead, at most to ``end_step``. Raises what reading raised."""
         looked_at = self._look(step, end_step)
         if looked_at != self._asked:
+            self._asked = []  # should this fail, the blocks of the last call are no more
             epoch, local = divmod(step, self._plan.steps_per_epoch)
             for lane in [lane for lane, (key, _) in self._current.items() if key[0] != epoch]:
-                self._release(self._current.pop(lane)[1])  # before the new epoch's blocks ask for theirs
+                self._release(*self._current.pop(lane))  # before the new epoch's blocks ask for theirs
             self._ask(looked_at)
             for lane in self._lanes:
                 self._move(lane, (epoch, lane, self._plan.block_of(local, lane)))
@@ -201,15 +207,21 @@ class LaneReader:
         return self._blocks
 
     def read(self, key: BlockKey, before: Future[Block] | None = None) -> Block:
-        """Any lane's block, read now; ``before`` is the one before it, if that was asked for."""
+        """Any lane's block, read now; ``before`` is the one before it, where that was asked for earlier.
+
+        The threads take up blocks in the order asked for, so none waits for one that no thread has taken up.
+        """
         epoch, lane, block = key
-        runs = self._plan.block_runs(*key)
-        then = next(iter(self._plan.block_runs(epoch, lane, block + 1)), None)
-        # The threads take up blocks in the order asked for: the one before is read, being read, or was cancelled.
-        beyond = None if before is None or before.cancelled() else before.result().beyond
-        buffer = self._buffer(self._reader.num_bytes(runs, then))
-        start = self._plan.block_start(lane, block)
-        return self._reader.read(runs, self._plan.block_ids(*key), buffer, start, beyond, then)
+        runs, then = self._plan.block_runs(*key), self._plan.block_runs(epoch, lane, block + 1)
+        buffer = self._buffer(self._reader.num_bytes(runs, then[0] if then else None))
+        return self._reader.read(
+            runs,
+            self._plan.block_ids(*key),
+            buffer,
+            self._plan.block_start(lane, block),
+            Before(self._plan.block_runs(epoch, lane, block - 1)[-1], before) if before is not None else None,
+            then[0] if then else None,
+        )
 
     def close(self) -> None:
         """Forget the blocks and let the threads end."""
@@ -260,14 +272,17 @@ class LaneReader:
         if held_key == key:
             return
         future = self._ahead.pop(key, None) or self._submit(key)
-        future.result()  # it begins with a copy of what was read beyond the block before, whose buffer is free now
+        future.result()
         self._current[lane] = key, future
-        if held is not None:
-            self._release(held)
+        if held_key is not None and held is not None:
+            self._release(held_key, held)
 
-    def _release(self, future: Future[Block]) -> None:
-        """Nobody reads its block any more: another may have the buffer."""
-        self._free.append(future.result().buffer)
+    def _release(self, key: BlockKey, future: Future[Block]) -> None:
+        """Nobody takes its samples any more: another may have its buffer, unless the next one will copy from it."""
+        epoch, lane, block = key
+        after = self._ahead.get((epoch, lane, block + 1))
+        if after is None or after.done():
+            self._free.append(future.result().buffer)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         self._largest = max(self._largest, -(-size // _MIB) * _MIB)

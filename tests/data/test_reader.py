@@ -1,7 +1,9 @@
 """How a lane's blocks are read: which bytes are asked for, and what the samples in memory hold."""
 
 import itertools
-from pathlib import Path
+import threading
+import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -22,14 +24,21 @@ PAYLOADS = [sample.image for sample in photos(200)]
 
 
 class Recorder(LocalFetch):
-    """Reads, and notes what is read: (shard, start, end)."""
+    """Reads after a while, notes what is read, (shard, start, end), and fails once where told to."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, delay_s: float = 0.0) -> None:
         super().__init__(manifest)
+        self._delay_s = delay_s
         self.ranges: list[tuple[int, int, int]] = []
+        self.reads_until_failure = -1
 
     def fill(self, shard: int, start: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))  # who still copies from it is found out
+        time.sleep(self._delay_s)
         self.ranges.append((shard, start, start + len(buffer)))
+        self.reads_until_failure -= 1
+        if self.reads_until_failure == 0:
+            raise MissingError("not now")
         super().fill(shard, start, buffer)
 
     def refill(self, shard: int, start: int, buffer: memoryview) -> None:
@@ -48,17 +57,21 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "MAX_LANES", 2)
 
 
-def read_steps(manifest: Manifest, plan: Plan, fetch: LocalFetch, steps: range) -> None:
-    """All lanes' samples of these steps hold what was written."""
+def check_step(manifest: Manifest, plan: Plan, reader: LaneReader, step: int, end: int) -> None:
+    """All lanes' samples of a step are the plan's and hold what was written."""
+    epoch, local = divmod(step, plan.steps_per_epoch)
+    for lane, block in reader.at(step, end).items():
+        first = local * plan.batch_per_lane - block.start
+        places = range(first, first + plan.batch_per_lane)
+        assert [block.ids[place] for place in places] == plan.lane_batch(epoch, local, lane).tolist()
+        for place in places:
+            assert block.payload(place) == PAYLOADS[block.ids[place]]
+
+
+def read_steps(manifest: Manifest, plan: Plan, fetch: LocalFetch, steps: Sequence[int], end: int) -> None:
     reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
     for step in steps:
-        epoch, local = divmod(step, plan.steps_per_epoch)
-        for lane, block in reader.at(step, steps.stop).items():
-            first = local * plan.batch_per_lane - block.start
-            places = range(first, first + plan.batch_per_lane)
-            assert [block.ids[place] for place in places] == plan.lane_batch(epoch, local, lane).tolist()
-            for place in places:
-                assert block.payload(place) == PAYLOADS[block.ids[place]]
+        check_step(manifest, plan, reader, step, end)
     reader.close()
 
 
@@ -66,7 +79,7 @@ def test_an_epoch_asks_for_whole_chunks_and_for_no_byte_twice(manifest: Manifest
     """Except where a lane or a shard begins or ends, there is one request for some neighbouring chunks."""
     plan = Plan(manifest.shards, "train", 8, seed=1)
     fetch = Recorder(manifest)
-    read_steps(manifest, plan, fetch, range(plan.steps_per_epoch))
+    read_steps(manifest, plan, fetch, range(plan.steps_per_epoch), plan.steps_per_epoch)
     ranges = sorted(fetch.ranges)
     joined = [(first, then) for first, then in itertools.pairwise(ranges) if first[0] == then[0]]
     assert all(first[2] <= then[1] for first, then in joined)
@@ -76,35 +89,112 @@ def test_an_epoch_asks_for_whole_chunks_and_for_no_byte_twice(manifest: Manifest
     assert sum(end % CHUNK > 0 for _, _, end in ranges) <= edges
 
 
-@settings(max_examples=25, deadline=None)
-@given(batch=st.integers(1, 40), chunk=st.integers(1, 20_000), block=st.integers(1, 60_000), data=st.data())
-def test_samples_are_right_from_any_step_on(
-    batch: int, chunk: int, block: int, data: st.DataObject, manifest: Manifest
-) -> None:
-    """Chunks smaller than a sample and larger than a block, over the edge of an epoch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader_module, "CHUNK_BYTES", chunk)
-        patch.setattr(plan_module, "BLOCK_BYTES", block)
-        plan = Plan(manifest.shards, "train", batch, seed=2)
-        start = data.draw(st.integers(0, 2 * plan.steps_per_epoch - 1))
-        read_steps(manifest, plan, Recorder(manifest), range(start, min(start + 60, 2 * plan.steps_per_epoch)))
+def test_the_blocks_of_one_lane_are_read_side_by_side(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each begins with what the one before it has read."""
+    monkeypatch.setattr(plan_module, "MAX_LANES", 1)
+    together = threading.Barrier(3)
+
+    class Gate(Recorder):
+        def fill(self, shard: int, start: int, buffer: memoryview) -> None:
+            together.wait(timeout=10)
+            super().fill(shard, start, buffer)
+
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    assert plan.steps_per_epoch > 4 > plan.block_length // plan.batch_per_lane
+    reader = LaneReader(manifest, manifest.split("train"), plan, Gate(manifest), range(1))
+    check_step(manifest, plan, reader, 0, plan.steps_per_epoch)
+    together.abort()
+    reader.close()
 
 
-def test_what_cannot_be_read_is_an_error_each_time(manifest: Manifest, tmp_path: Path) -> None:
-    """Never the blocks of an earlier step; once the shard is back, reading goes on."""
+def test_buffers_are_used_again(manifest: Manifest) -> None:
+    """A lane never needs more than those of the block at hand, the four that come next and one that is given back."""
     plan = Plan(manifest.shards, "train", 8, seed=1)
     reader = LaneReader(manifest, manifest.split("train"), plan, LocalFetch(manifest), range(plan.lanes))
-    first = reader.at(0, 1)
-    step = plan.steps_per_epoch - 1  # other blocks of every lane
-    path = Path(manifest.shard_url(int(manifest.split("train").shard[plan.batch(0, step)[0]])))
-    path.rename(tmp_path / path.name)
-    try:
-        for _ in range(2):
-            with pytest.raises(MissingError, match=path.name):
-                reader.at(step, step + 1)
-    finally:
-        (tmp_path / path.name).rename(path)
-    for lane, block in reader.at(step, step + 1).items():
-        assert block is not first[lane]
-        assert block.payload(step * plan.batch_per_lane - block.start) == PAYLOADS[plan.lane_batch(0, step, lane)[0]]
+    seen = {}
+    for step in range(6 * plan.steps_per_epoch):
+        for block in reader.at(step, 6 * plan.steps_per_epoch).values():
+            seen[id(block.buffer)] = block.buffer  # kept, so that no other has its address
+    reader.close()
+    blocks = 6 * sum(plan.blocks_at(plan.steps_per_epoch - 1) + 1)
+    assert blocks > 100
+    assert len(seen) <= 6 * plan.lanes
+
+
+def test_a_hole_in_a_shard_is_not_read_beyond_a_block(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an epoch leaves out parts a shard; its halves may follow each other, the first or the second first."""
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 1)
+    for seed in range(30):
+        plan = Plan(manifest.shards, "train", 3, seed=seed)
+        start = seed * plan.steps_per_epoch
+        read_steps(manifest, plan, Recorder(manifest), range(start, start + plan.steps_per_epoch), start + 1000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 40),
+    chunk=st.integers(1, 20_000),
+    block=st.integers(1, 60_000),
+    moves=st.lists(st.sampled_from([1, 1, 1, 1, 2, 7, -1, -3]), min_size=10, max_size=40),
+    data=st.data(),
+)
+def test_samples_are_right_at_any_step(
+    batch: int, chunk: int, block: int, moves: list[int], data: st.DataObject, manifest: Manifest
+) -> None:
+    """Chunks smaller than a sample and larger than a block; to and fro, over the edges of epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "CHUNK_BYTES", chunk)
+        patch.setattr(reader_module, "_FETCH_THREADS", data.draw(st.integers(1, 4)))
+        patch.setattr(plan_module, "BLOCK_BYTES", block)
+        patch.setattr(plan_module, "MAX_LANES", data.draw(st.integers(1, 6)))
+        plan = Plan(manifest.shards, "train", batch, seed=2)
+        end = 3 * plan.steps_per_epoch
+        steps = itertools.accumulate(moves, initial=data.draw(st.integers(0, end - 1)))
+        read_steps(manifest, plan, Recorder(manifest), [step % end for step in steps], end)
+
+
+def test_back_over_the_edge_of_an_epoch(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block may still wait for its turn to copy from one that nobody else needs any more."""
+    monkeypatch.setattr(reader_module, "_FETCH_THREADS", 1)
+    monkeypatch.setattr(reader_module, "CHUNK_BYTES", 5 * CHUNK)
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    edge, end = plan.steps_per_epoch, 2 * plan.steps_per_epoch
+    read_steps(manifest, plan, Recorder(manifest, delay_s=0.01), [edge, edge - 1, *range(edge, edge + 4)] * 4, end)
+
+
+def test_one_read_that_fails_is_one_error(manifest: Manifest) -> None:
+    """Neither are the blocks that begin with what it would have read lost."""
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    end = 2 * plan.steps_per_epoch
+    fetch = Recorder(manifest)
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    errors = 0
+    for step in range(end):
+        if step % 5 == 0:
+            fetch.reads_until_failure = 1
+        try:
+            check_step(manifest, plan, reader, step, end)
+        except MissingError:
+            errors += 1
+            check_step(manifest, plan, reader, step, end)
+    assert 3 <= errors <= end / 5
+    reader.close()
+
+
+@pytest.mark.parametrize("failing", [2, 3, 4])
+def test_after_an_error_the_last_good_step_is_read_anew(
+    manifest: Manifest, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first lanes had moved on, and other lanes had their buffers, when a lane failed."""
+    monkeypatch.setattr(plan_module, "MAX_LANES", 4)
+    monkeypatch.setattr(reader_module, "_FETCH_THREADS", 1)
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    fetch = Recorder(manifest, delay_s=0.05)
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    check_step(manifest, plan, reader, 0, 1)
+    last = plan.steps_per_epoch - 1
+    fetch.reads_until_failure = failing
+    with pytest.raises(MissingError):
+        reader.at(last, last + 1)
+    check_step(manifest, plan, reader, 0, 1)
     reader.close()
