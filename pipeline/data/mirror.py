@@ -33,6 +33,8 @@ class MirrorConfig(BaseModel):
 class MirrorFetch:
     """Reads ranges from the mirror, and what it lacks from ``source``."""
 
+    chunk_bytes = 1  # it asks the source for whole chunks by itself
+
     def __init__(self, manifest: Manifest, source: Fetch, config: MirrorConfig) -> None:
         """``max_gib`` bounds the folder, shared by all processes that use it, to within 32 chunks of each.
 

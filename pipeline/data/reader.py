@@ -3,8 +3,9 @@
 A block is what a lane shuffles (pipeline/data/plan.py): a few MiB in one or a few byte ranges. Payloads are
 sliced by the manifest's offsets; tar headers are never parsed, so a damaged one cannot lose a sample.
 
-A lane goes through a shard from front to back, so a block is read to the end of the chunk in which it ends, and the
-next begins with what is there already: all requests are for whole chunks, and no byte is asked for twice.
+A lane goes through a shard from front to back. Where the store keeps a shard in chunks, a block is read to the end of
+the chunk in which it ends, and the next begins with what is there already: all requests are for whole chunks, and no
+byte is asked for twice.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # zlib's crc32 at 10x its speed: 0.02 instead of 0.24 CPU-s/GB
 from numpy.typing import NDArray
 
-from pipeline.data.fetch import CHUNK_BYTES, Fetch
+from pipeline.data.fetch import Fetch
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.plan import Plan, Run
 from pipeline.storage import StorageError
@@ -117,7 +118,7 @@ class SampleReader:
         if then is None or then.first != run.first + run.count:
             return 0
         (shard, _, end), (next_shard, _, next_end) = self._range(run), self._range(then)
-        return min(-end % CHUNK_BYTES, next_end - end) if next_shard == shard else 0
+        return min(-end % self._fetch.chunk_bytes, next_end - end) if next_shard == shard else 0
 
     def _num_known(self, last: Run, run: Run) -> int:
         """Bytes of a run, from its first on, that are read beyond the end of the one before it."""

@@ -24,7 +24,9 @@ PAYLOADS = [sample.image for sample in photos(200)]
 
 
 class Recorder(LocalFetch):
-    """Reads after a while, notes what is read, (shard, start, end), and fails once where told to."""
+    """A store in chunks: reads after a while, notes what is read, (shard, start, end), fails once where told to."""
+
+    chunk_bytes = CHUNK
 
     def __init__(self, manifest: Manifest, delay_s: float = 0.0) -> None:
         super().__init__(manifest)
@@ -52,7 +54,6 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(plan_module, "BLOCK_BYTES", 3 * CHUNK)
     monkeypatch.setattr(plan_module, "MAX_LANES", 2)
 
@@ -110,7 +111,7 @@ def test_the_blocks_of_one_lane_are_read_side_by_side(manifest: Manifest, monkey
 def test_buffers_are_used_again(manifest: Manifest) -> None:
     """A lane never needs more than those of the block at hand, the four that come next and one that is given back."""
     plan = Plan(manifest.shards, "train", 8, seed=1)
-    reader = LaneReader(manifest, manifest.split("train"), plan, LocalFetch(manifest), range(plan.lanes))
+    reader = LaneReader(manifest, manifest.split("train"), plan, Recorder(manifest), range(plan.lanes))
     seen = {}
     for step in range(6 * plan.steps_per_epoch):
         for block in reader.at(step, 6 * plan.steps_per_epoch).values():
@@ -143,7 +144,7 @@ def test_samples_are_right_at_any_step(
 ) -> None:
     """Chunks smaller than a sample and larger than a block; to and fro, over the edges of epochs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader_module, "CHUNK_BYTES", chunk)
+        patch.setattr(Recorder, "chunk_bytes", chunk)
         patch.setattr(reader_module, "_FETCH_THREADS", data.draw(st.integers(1, 4)))
         patch.setattr(plan_module, "BLOCK_BYTES", block)
         patch.setattr(plan_module, "MAX_LANES", data.draw(st.integers(1, 6)))
@@ -156,7 +157,7 @@ def test_samples_are_right_at_any_step(
 def test_back_over_the_edge_of_an_epoch(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block may still wait for its turn to copy from one that nobody else needs any more."""
     monkeypatch.setattr(reader_module, "_FETCH_THREADS", 1)
-    monkeypatch.setattr(reader_module, "CHUNK_BYTES", 5 * CHUNK)
+    monkeypatch.setattr(Recorder, "chunk_bytes", 5 * CHUNK)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     edge, end = plan.steps_per_epoch, 2 * plan.steps_per_epoch
     read_steps(manifest, plan, Recorder(manifest, delay_s=0.01), [edge, edge - 1, *range(edge, edge + 4)] * 4, end)
