@@ -255,20 +255,18 @@ def _trust_ratio(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> flo
 
 
 def _foreach_lars(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
-    """The same update without bringing a norm to the host: a few multi-tensor kernels for all weights."""
-    decay, lr = group["weight_decay"], group["lr"]
-    updates = torch._foreach_add(gradients, weights, alpha=decay)
-    w_norms = torch.stack(torch._foreach_norm(weights))
-    if group["trust_form"] == "timm":
-        g_norms = torch.stack(torch._foreach_norm(gradients))
-        ratios = group["trust_coefficient"] * w_norms / (g_norms + decay * w_norms + 1e-8)
-        ratios = torch.where((w_norms > 0) & (g_norms > 0), ratios, 1.0)
-    else:
-        u_norms = torch.stack(torch._foreach_norm(updates))
-        ratios = group["trust_coefficient"] * w_norms / u_norms
-        ratios = torch.where((w_norms > 0) & (u_norms > 0), ratios, 1.0)
-    inside = group["lr_in_momentum"]
-    torch._foreach_mul_(updates, list((ratios * lr if inside else ratios).unbind()))
-    torch._foreach_mul_(buffers, group["momentum"])
-    torch._foreach_add_(buffers, updates)
-    torch._foreach_add_(weights, buffers, alpha=-1.0 if inside else -lr)
+    """The same update by multi-tensor kernels, which take all weights at once.
+
+    The ratios go through the host, which has just waited for the loss: on the device, multiplying each update by a
+    tensor of its own would be a launch per weight.
+    """
+    decay, eta = group["weight_decay"], group["trust_coefficient"]
+    updates = list(torch._foreach_add(gradients, weights, alpha=decay))
+    in_timm = group["trust_form"] == "timm"
+    norms = torch.stack(torch._foreach_norm([*weights, *(gradients if in_timm else updates)])).tolist()
+    ratios = [
+        eta * w_norm / (norm + decay * w_norm + 1e-8 if in_timm else norm) if w_norm and norm else 1.0
+        for w_norm, norm in zip(norms[: len(weights)], norms[len(weights) :], strict=True)
+    ]
+    torch._foreach_mul_(updates, ratios)
+    _fused_sgd(weights, updates, buffers, {**group, "weight_decay": 0.0}, ratio=1.0)
