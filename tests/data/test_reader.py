@@ -58,7 +58,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "MAX_LANES", 2)
 
 
-def check_step(manifest: Manifest, plan: Plan, reader: LaneReader, step: int, end: int) -> None:
+def check_step(plan: Plan, reader: LaneReader, step: int, end: int) -> None:
     """All lanes' samples of a step are the plan's and hold what was written."""
     epoch, local = divmod(step, plan.steps_per_epoch)
     for lane, block in reader.at(step, end).items():
@@ -72,7 +72,7 @@ def check_step(manifest: Manifest, plan: Plan, reader: LaneReader, step: int, en
 def read_steps(manifest: Manifest, plan: Plan, fetch: LocalFetch, steps: Sequence[int], end: int) -> None:
     reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
     for step in steps:
-        check_step(manifest, plan, reader, step, end)
+        check_step(plan, reader, step, end)
     reader.close()
 
 
@@ -105,7 +105,7 @@ def test_the_blocks_of_one_lane_are_read_side_by_side(manifest: Manifest, monkey
     plan = Plan(manifest.shards, "train", 8, seed=1)
     assert plan.steps_per_epoch > 4 > plan.block_length // plan.batch_per_lane
     reader = LaneReader(manifest, manifest.split("train"), plan, Gate(manifest), range(1))
-    check_step(manifest, plan, reader, 0, plan.steps_per_epoch)
+    check_step(plan, reader, 0, plan.steps_per_epoch)
     reader.close()
 
 
@@ -177,7 +177,7 @@ def test_one_read_that_fails_is_one_error(manifest: Manifest) -> None:
             injected += 1
         while True:
             try:
-                check_step(manifest, plan, reader, step, end)
+                check_step(plan, reader, step, end)
                 break
             except MissingError:
                 failed += 1
@@ -196,10 +196,10 @@ def test_after_an_error_the_last_good_step_is_read_anew(
     plan = Plan(manifest.shards, "train", 8, seed=1)
     fetch = Recorder(manifest, delay_s=0.05)
     reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
-    check_step(manifest, plan, reader, 0, 1)
+    check_step(plan, reader, 0, 1)
     last = plan.steps_per_epoch - 1
     fetch.reads_until_failure = failing
     with pytest.raises(MissingError):
         reader.at(last, last + 1)
-    check_step(manifest, plan, reader, 0, 1)
+    check_step(plan, reader, 0, 1)
     reader.close()
