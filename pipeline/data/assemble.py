@@ -3,17 +3,18 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.augment import Augmenter
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, uniform_rows
+from pipeline.data.randaugment import Pixels
 from pipeline.data.reader import Block, LaneReader
-from pipeline.data.views import Augmenter, Pixels, View
+from pipeline.data.views import View
 from pipeline.errors import DeterministicError
 
 MAX_BAD_SHARE = 0.01  # of a split's samples, unless configured
@@ -91,8 +92,7 @@ class Assembler:
             lane, within = divmod(rows.start + row, plan.batch_per_lane)
             candidates = self._candidates(epoch, local, lane, within, blocks[lane])
             sample_ids[row], image = self._first_decodable(candidates, bad)
-            for out, view in zip(views, self._augmenter(image, uniforms[row]), strict=True):
-                write_planes(view, out[row])
+            self._augmenter(image, uniforms[row], [view[row] for view in views])
         return bad
 
     def close(self) -> None:
@@ -131,8 +131,3 @@ class Assembler:
                 shard = self._manifest.shards.name[self._samples.shard[sample_id - self._samples.first_id]]
                 bad.append(BadSample(sample_id, shard, str(error)))
         raise BadSamplesError(f"not one of the samples around can be decoded:\n{list_of(bad)}")
-
-
-def write_planes(image: Pixels, out: NDArray[np.uint8]) -> None:
-    """(S, S, 3) -> ``out`` (3, S, S), by OpenCV: 3x numpy's speed."""
-    cv2.split(image, [out[0], out[1], out[2]])

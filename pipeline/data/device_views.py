@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data import views as cpu
-from pipeline.data.randaugment import LUMA
-from pipeline.data.views import HUE_SCALE, View
-
-_LUMA = tuple(LUMA[0].tolist())
+from pipeline.data import augment as cpu
+from pipeline.data.colour import HUE_SCALE, LUMA
+from pipeline.data.views import View
 
 
 class Strengths(NamedTuple):
@@ -39,7 +37,7 @@ class Strengths(NamedTuple):
 
 
 def strengths(view: View, size: int, u: Tensor) -> Strengths:
-    """``u``: (n, UNIFORMS_PER_VIEW), as pipeline/data/views.py reads them."""
+    """``u``: (n, UNIFORMS_PER_VIEW), as pipeline/data/augment.py reads them."""
     jitter, kernels = torch.empty(0, 4, len(u)), torch.ones(len(u), 1)
     if view.jitter:
         active = u[:, cpu.JITTER] < view.jitter
@@ -145,7 +143,7 @@ def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
 def _gray(x: Tensor) -> Tensor:
     """(n, 1, S, S), truncated."""
     r, g, b = x.split(1, dim=1)
-    return (_LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b + 1e-3).floor()
+    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b + 1e-3).floor()
 
 
 def _blur(x: Tensor, kernels: Tensor) -> Tensor:

@@ -32,17 +32,18 @@ from pipeline.data.assemble import (
     BadSamplesError,
     Rows,
     list_of,
-    write_planes,
 )
+from pipeline.data.augment import Augmenter, resize, write_planes
 from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, Run, uniform_rows
+from pipeline.data.randaugment import Pixels
 from pipeline.data.reader import SampleReader
 from pipeline.data.shared import Layout, allocate, attach
-from pipeline.data.views import Augmenter, Pixels, View, resize
+from pipeline.data.views import View
 from pipeline.data.worker import Done, Job, Order
 
 _SLOTS = 3  # batches in the making or waiting; more would only help where a step's time varies wildly

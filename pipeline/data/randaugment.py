@@ -11,10 +11,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.colour import LUMA
+from pipeline.data.views import MAGNITUDES
+
 Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
-BINS = 31  # magnitudes go from 0 to 30
-LUMA = np.tile(np.array([0.2989, 0.587, 0.114], np.float32), (3, 1))  # ITU-R 601, rounded as torchvision's
+_LUMA = np.tile(np.array(LUMA, np.float32), (3, 1))
 _LEVELS = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 
@@ -22,10 +24,10 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's 
 def rand_augment(image: Pixels, magnitude: int, u_operation: float, u_sign: float) -> Pixels:
     """One random operation of ``OPERATIONS`` on (H, W, 3); ``magnitude`` in [0, 30], uniforms in [0, 1)."""
     operation = list(OPERATIONS.values())[int(u_operation * len(OPERATIONS))]
-    return operation(image, magnitude / (BINS - 1), -1.0 if u_sign < 0.5 else 1.0)
+    return operation(image, magnitude / (MAGNITUDES - 1), -1.0 if u_sign < 0.5 else 1.0)
 
 
-def transform(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixels:
+def _transform(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixels:
     """``matrix`` (3, 3) @ each pixel of (H, W, 3) + ``offset``, clipped and truncated."""
     full = np.empty((3, 4), np.float32)
     full[:, :3] = matrix
@@ -33,14 +35,14 @@ def transform(image: Pixels, matrix: NDArray[np.float32], offset: float) -> Pixe
     return cv2.transform(image, full)
 
 
-def gray(image: Pixels) -> Pixels:
+def _gray(image: Pixels) -> Pixels:
     """(H, W, 3) of equal channels."""
-    return transform(image, LUMA, 0.0)
+    return _transform(image, _LUMA, 0.0)
 
 
-def blend(image: Pixels, other: Pixels, factor: float) -> Pixels:
+def _blend(image: Pixels, other: Pixels, factor: float) -> Pixels:
     """``factor`` x image + (1 - factor) x other, clipped; both (H, W, 3)."""
-    return cv2.addWeighted(image, factor, other, 1 - factor, -0.499)  # truncated, as in transform
+    return cv2.addWeighted(image, factor, other, 1 - factor, -0.499)  # truncated, as in _transform
 
 
 def _warp(image: Pixels, matrix: list[list[float]]) -> Pixels:
@@ -75,23 +77,23 @@ def _rotate(image: Pixels, strength: float, sign: float) -> Pixels:
 
 
 def _brightness(image: Pixels, strength: float, sign: float) -> Pixels:
-    return blend(image, np.zeros_like(image), 1 + sign * 0.9 * strength)
+    return _blend(image, np.zeros_like(image), 1 + sign * 0.9 * strength)
 
 
 def _color(image: Pixels, strength: float, sign: float) -> Pixels:
-    return blend(image, gray(image), 1 + sign * 0.9 * strength)
+    return _blend(image, _gray(image), 1 + sign * 0.9 * strength)
 
 
 def _contrast(image: Pixels, strength: float, sign: float) -> Pixels:
     factor = 1 + sign * 0.9 * strength
-    return transform(image, factor * np.eye(3, dtype=np.float32), (1 - factor) * cv2.mean(gray(image))[0])
+    return _transform(image, factor * np.eye(3, dtype=np.float32), (1 - factor) * cv2.mean(_gray(image))[0])
 
 
 def _sharpness(image: Pixels, strength: float, sign: float) -> Pixels:
     smooth = image.copy()
     if min(image.shape[:2]) > 2:  # the border stays
         smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
-    return blend(image, smooth, 1 + sign * 0.9 * strength)
+    return _blend(image, smooth, 1 + sign * 0.9 * strength)
 
 
 def _posterize(image: Pixels, strength: float, sign: float) -> Pixels:
