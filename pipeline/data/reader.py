@@ -1,6 +1,6 @@
 """Blocks of samples from the shards, read ahead, each sample checked against its checksum when it is taken.
 
-A block is what a lane shuffles (pipeline/data/plan.py): a few MiB in one or a few byte ranges. Payloads are
+A block is what a lane shuffles (pipeline/data/plan.py): 32 MiB in one or a few byte ranges. Payloads are
 sliced by the manifest's offsets; tar headers are never parsed, so a damaged one cannot lose a sample.
 
 A lane goes through a shard from front to back. Where the store keeps a shard in chunks, a block is read to the end of
@@ -186,6 +186,7 @@ class LaneReader:
         self._lanes = lanes
         self._slice = slice(lanes.start, lanes.stop)
         self._current: dict[int, tuple[BlockKey, Future[Block]]] = {}
+        self._blocks: dict[int, Block] = {}  # theirs
         self._ahead: dict[BlockKey, Future[Block]] = {}
         self._asked: list[tuple[int, bytes]] = []  # what the last call looked at
         self._free: list[NDArray[np.uint8]] = []  # buffers: fresh memory costs 0.3 CPU-s/GB in page faults
@@ -201,9 +202,10 @@ class LaneReader:
             for lane in [lane for lane, (key, _) in self._current.items() if key[0] != epoch]:
                 self._release(*self._current.pop(lane))  # before the new epoch's blocks ask for theirs
             self._ask(looked_at)
-            for lane in self._lanes:
-                self._move(lane, (epoch, lane, self._plan.block_of(local, lane)))
-            self._blocks = {lane: future.result() for lane, (_, future) in self._current.items()}
+            for lane, block in zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True):
+                key = epoch, lane, block
+                if lane not in self._current or self._current[lane][0] != key:
+                    self._blocks[lane] = self._move(key)
             self._asked = looked_at
         return self._blocks
 
@@ -268,15 +270,15 @@ class LaneReader:
         before = held if held_key == before_key else self._ahead.get(before_key)
         return self._threads.submit(self.read, key, before)
 
-    def _move(self, lane: int, key: BlockKey) -> None:
-        held_key, held = self._current.get(lane, (None, None))
-        if held_key == key:
-            return
+    def _move(self, key: BlockKey) -> Block:
+        """A lane's next current block; the one before it is released."""
+        lane = key[1]
         future = self._ahead.pop(key, None) or self._submit(key)
-        future.result()
+        block = future.result()
+        if lane in self._current:
+            self._release(*self._current[lane])
         self._current[lane] = key, future
-        if held_key is not None and held is not None:
-            self._release(held_key, held)
+        return block
 
     def _release(self, key: BlockKey, future: Future[Block]) -> None:
         """Nobody takes its samples any more: another may have its buffer, unless the next one will copy from it."""

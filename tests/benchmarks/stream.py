@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.stream [--quick]
 
-Needs the extra `benchmarks`. A SeaweedFS server on loopback holds JPEGs of 32 kB, 500 x 375. Peers are
+Needs the extra `benchmarks` and 10 GB of disk. A SeaweedFS server on loopback holds JPEGs of 32 kB, 500 x 375. Peers are
 interleaved, ratios are medians over the rounds, above 1 is better than the peer; CPU seconds are this process's
 with all its threads (one decodes and augments), without the server's. The last line is one JSON object:
 
@@ -309,7 +309,7 @@ def main() -> None:
         server = S3Server(folder)
         try:
             os.environ.update(server.env)
-            count = 2048 if quick else 100_000  # 3 GB: a lane of the plan holds several blocks, as in real sets
+            count = 2048 if quick else 300_000  # 9 GB: a lane of the plan holds several blocks, as in real sets
             manifest = write_shards(make_samples(count), f"{server.new_bucket()}/shards", max_shard_bytes=128 * 2**20)
             say(f"{count} images, {int(manifest.shards.size.sum()) / 1e6:.0f} MB, {len(manifest.shards.name)} shards")
             rounds = 3 if quick else 5
