@@ -23,7 +23,7 @@ from pipeline.storage import StorageError
 
 BlockKey = tuple[int, int, int]  # epoch, lane, block
 
-_FETCH_THREADS = 4  # they wait for sockets; 1.1x the bytes of 2 on loopback, more where answers take longer
+FETCH_THREADS = 4  # they wait for sockets; 1.1x the bytes of 2 on loopback, more where answers take longer
 _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way is not there twice
 _MIB = 2**20
 
@@ -191,7 +191,7 @@ class LaneReader:
         self._asked: list[tuple[int, bytes]] = []  # what the last call looked at
         self._free: list[NDArray[np.uint8]] = []  # buffers: fresh memory costs 0.3 CPU-s/GB in page faults
         self._largest = 0
-        self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="parallax-fetch")
+        self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="parallax-fetch")
 
     def at(self, step: int, end_step: int) -> dict[int, Block]:
         """lane -> block at global ``step``; reads ahead, at most to ``end_step``. Raises what reading raised."""
@@ -288,10 +288,11 @@ class LaneReader:
             self._free.append(future.result().buffer)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        self._largest = max(self._largest, -(-size // _MIB) * _MIB)
+        if size > self._largest:
+            self._largest = size + size // 8 + _MIB  # what is never written to takes no memory
         try:  # another thread may be quicker: then there is nothing to take
             while len(buffer := self._free.pop()) < size:
                 pass  # dropped, so that the small ones do not add up
         except IndexError:
-            return np.empty(self._largest, np.uint8)  # what is never written to takes no memory
+            return np.empty(self._largest, np.uint8)
         return buffer

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.stream [--quick]
 
-Needs the extra `benchmarks` and 10 GB of disk. A SeaweedFS server on loopback holds JPEGs of 32 kB, 500 x 375. Peers are
-interleaved, ratios are medians over the rounds, above 1 is better than the peer; CPU seconds are this process's
+Needs the extra `benchmarks` and 10 GB of disk. A SeaweedFS server on loopback holds JPEGs of 32 kB, 500 x 375. Peers
+are interleaved, ratios are medians over the rounds, above 1 is better than the peer; CPU seconds are this process's
 with all its threads (one decodes and augments), without the server's. The last line is one JSON object:
 
 stream_vs_curl           bytes per wall second, checked by crc32, / curl keep-alive to /dev/null
-cpu_s_per_gb             CPU seconds per GB so read (target: at most 0.4)
+cpu_s_per_gb             CPU seconds per GB so read (target: at most 0.4); curl's and fetch's are beside it: byte ranges
+                         of a block's length by the reader's own sockets and threads, neither sliced nor checked
 views_vs_webdataset_pil  images per CPU second from S3 to two 224-px SimCLR views / webdataset + s3fs + torchvision's
                          PIL transforms with PIL's blur, the fastest usual stack
 views_vs_torchvision     the same / with torchvision's own GaussianBlur
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -46,8 +48,8 @@ from pipeline.data.fetch import Fetch, open_fetch
 from pipeline.data.loader import Loader, normalize
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
-from pipeline.data.plan import Plan
-from pipeline.data.reader import LaneReader
+from pipeline.data.plan import BLOCK_BYTES, MAX_LANES, Plan
+from pipeline.data.reader import FETCH_THREADS, LaneReader
 from pipeline.data.views import RECIPES, View
 from pipeline.data.writer import Sample, write_shards
 from tests.data.images import jpeg, photo
@@ -108,10 +110,35 @@ def curl_all(manifest: Manifest) -> None:
     subprocess.run(["curl", "-sf", "-K", "-"], input=config.encode(), check=True)
 
 
+class Ranges:
+    """All bytes into memory, and nothing more: as many buffers as lanes, so they are as cold as a block's."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._fetch = open_fetch(manifest)
+        sizes = manifest.shards.size.tolist()
+        self._ranges = [
+            (shard, start, min(start + BLOCK_BYTES, size))
+            for shard, size in enumerate(sizes)
+            for start in range(0, size, BLOCK_BYTES)
+        ]
+        self._buffers = [np.ones(BLOCK_BYTES, np.uint8).data for _ in self._ranges[:MAX_LANES]]
+        self._threads = ThreadPoolExecutor(FETCH_THREADS)
+
+    def __call__(self) -> None:
+        for _ in self._threads.map(self._fill, self._ranges):
+            pass
+
+    def _fill(self, piece: tuple[int, int, int]) -> None:
+        shard, start, end = piece
+        buffer = self._buffers.pop(0)
+        self._fetch.fill(shard, start, buffer[: end - start])
+        self._buffers.append(buffer)
+
+
 def stream(manifest: Manifest, rounds: int) -> dict[str, float]:
     total = int(manifest.shards.size.sum())
-    epoch = Epochs(manifest, open_fetch(manifest))
-    ours, curl, cpu, curl_cpu = [], [], [], []
+    epoch, ranges = Epochs(manifest, open_fetch(manifest)), Ranges(manifest)
+    ours, curl, cpu, curl_cpu, fetch_cpu = [], [], [], [], []
     for turn in range(rounds + 1):
         started = time.process_time()
         own = wall_s(epoch)
@@ -119,17 +146,21 @@ def stream(manifest: Manifest, rounds: int) -> dict[str, float]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         theirs = wall_s(lambda: curl_all(manifest))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        bare_cpu = cpu_s(ranges)
         if turn:  # the first warms the server's caches
             ours.append(own)
             curl.append(theirs)
             cpu.append(own_cpu / total * 1e9)
+            fetch_cpu.append(bare_cpu / total * 1e9)
             curl_cpu.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / total * 1e9)
     say(f"read    {total / statistics.median(ours) / 1e6:5.0f} MB/s, {statistics.median(cpu):.2f} CPU-s/GB")
     say(f"curl    {total / statistics.median(curl) / 1e6:5.0f} MB/s, {statistics.median(curl_cpu):.2f} CPU-s/GB")
+    say(f"fetch   {statistics.median(fetch_cpu):.2f} CPU-s/GB without samples and checksums")
     return {
         "stream_vs_curl": statistics.median(theirs / own for theirs, own in zip(curl, ours, strict=True)),
         "cpu_s_per_gb": statistics.median(cpu),
         "curl_cpu_s_per_gb": statistics.median(curl_cpu),
+        "fetch_cpu_s_per_gb": statistics.median(fetch_cpu),
     }
 
 

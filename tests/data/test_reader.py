@@ -146,7 +146,7 @@ def test_samples_are_right_at_any_step(
     """Chunks smaller than a sample and larger than a block; to and fro, over the edges of epochs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "chunk_bytes", chunk)
-        patch.setattr(reader_module, "_FETCH_THREADS", data.draw(st.integers(1, 4)))
+        patch.setattr(reader_module, "FETCH_THREADS", data.draw(st.integers(1, 4)))
         patch.setattr(plan_module, "BLOCK_BYTES", block)
         patch.setattr(plan_module, "MAX_LANES", data.draw(st.integers(1, 6)))
         plan = Plan(manifest.shards, "train", batch, seed=2)
@@ -157,7 +157,7 @@ def test_samples_are_right_at_any_step(
 
 def test_back_over_the_edge_of_an_epoch(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block may still wait for its turn to copy from one that nobody else needs any more."""
-    monkeypatch.setattr(reader_module, "_FETCH_THREADS", 1)
+    monkeypatch.setattr(reader_module, "FETCH_THREADS", 1)
     monkeypatch.setattr(Recorder, "chunk_bytes", 5 * CHUNK)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     edge, end = plan.steps_per_epoch, 2 * plan.steps_per_epoch
@@ -192,7 +192,7 @@ def test_after_an_error_the_last_good_step_is_read_anew(
 ) -> None:
     """Its first lanes had moved on, and other lanes had their buffers, when a lane failed."""
     monkeypatch.setattr(plan_module, "MAX_LANES", 4)
-    monkeypatch.setattr(reader_module, "_FETCH_THREADS", 1)
+    monkeypatch.setattr(reader_module, "FETCH_THREADS", 1)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     fetch = Recorder(manifest, delay_s=0.05)
     reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
