@@ -1,9 +1,9 @@
 """Colour jitter, gray, blur, solarisation and normalisation of whole batches on their device.
 
-For a loader that only crops (``Loader(colour=False)``): a GPU does the rest of the augmentation, which is most of it,
-and a core feeds twice the images. The batch brings the loader's draws, so it looks as it does when the loader's
-workers colour it, up to rounding. ``colour`` is pointwise but for the means of contrast and one separable blur: no
-loop over images, no shape or branch that depends on data, no wait for the device, so torch.compile fuses it whole.
+For a loader that only crops (``Loader(colour=False)``): a GPU does the rest of the augmentation, and a core feeds
+1.35x the images. The batch brings the loader's draws, so it looks as it does when the loader's workers colour it, up
+to rounding. ``colour`` is pointwise but for the means of contrast and one separable blur: no loop over images, no
+shape or branch that depends on data, no wait for the device, so torch.compile fuses it whole.
 """
 
 import functools
