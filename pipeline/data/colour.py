@@ -6,6 +6,7 @@ in ``__pycache__`` or in the user's cache). As in torchvision all is float32 and
 fused: the levels are torchvision's own.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +27,11 @@ def _compiled(*arguments: str) -> Callable[[Callable[..., None]], Callable[..., 
     """For these types and no others, when the module is imported."""
 
     def compiled(function: Callable[..., None]) -> Callable[..., None]:
-        signature = f"void({', '.join(arguments)})"
+        compiler = functools.partial(numba.njit, f"void({', '.join(arguments)})", nogil=True, error_model="numpy")
         try:
-            return numba.njit(signature, cache=True, nogil=True, error_model="numpy")(function)
+            return compiler(cache=True)(function)
         except RuntimeError:  # neither this folder nor the home can be written to: every process compiles for itself
-            return numba.njit(signature, nogil=True, error_model="numpy")(function)
+            return compiler()(function)
 
     return compiled
 

@@ -1,8 +1,8 @@
 """Batches of one rank, uint8 on the CPU, from worker processes that write into shared memory.
 
 The order is pipeline/data/plan.py's; the number of ranks and workers decides who makes which rows and nothing
-else. Memory per rank: three batches of views, plus MAX_LANES x (BLOCK_BYTES + CHUNK_BYTES) / world_size of encoded
-images, and the same again while an epoch ends and the next one's first blocks are read.
+else. Memory per rank: three batches of views, plus 5/4 x MAX_LANES x (BLOCK_BYTES + CHUNK_BYTES) / world_size of
+encoded images, and the same again while an epoch ends and the next one's first blocks are read.
 """
 
 import functools

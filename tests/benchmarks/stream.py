@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.stream [--quick]
 
-Needs the extra `benchmarks` and 10 GB of disk. A SeaweedFS server on loopback holds JPEGs of 32 kB, 500 x 375. Peers
+Needs the extra `benchmarks` and 10 GB of disk. A SeaweedFS server on loopback holds JPEGs of 29 kB, 500 x 375. Peers
 are interleaved, ratios are medians over the rounds, above 1 is better than the peer; CPU seconds are this process's
 with all its threads (one decodes and augments), without the server's. The last line is one JSON object:
 

@@ -30,21 +30,20 @@ def tensor(image: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def planes_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-
 def done(operation: Callable[..., None], image: NDArray[np.uint8], *arguments: float) -> NDArray[np.uint8]:
     """What an operation of colour.py, which works on planes and in place, makes of (H, W, 3)."""
-    planes = planes_of(image)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
     operation(planes, *arguments)
     return planes.transpose(1, 2, 0)
 
 
 def drawn(image: NDArray[np.uint8], view: View, size: int, u: list[float]) -> NDArray[np.uint8]:
     """The view (size, size, 3) by a row of uniforms."""
-    planes = np.empty((3, size, size), np.uint8)
-    Augmenter([view.model_copy(update={"count": 1})], size)(image, np.array(u), [planes])
+    augmenter = Augmenter([view.model_copy(update={"count": 1})], size)
+    planes, others = (np.full((3, size, size), before, np.uint8) for before in (0, 255))
+    for into in (planes, others):
+        augmenter(image, np.array(u), [into])
+    assert (planes == others).all(), "every pixel is drawn"
     return planes.transpose(1, 2, 0)
 
 
