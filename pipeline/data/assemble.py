@@ -13,7 +13,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, uniform_rows
 from pipeline.data.randaugment import Pixels
-from pipeline.data.reader import Block, LaneReader
+from pipeline.data.reader import Block, LaneReader, Singles
 from pipeline.data.views import View
 from pipeline.errors import DeterministicError
 
@@ -100,7 +100,7 @@ class Assembler:
         self._reader.close()
 
     def _candidates(
-        self, epoch: int, local: int, lane: int, within: int, block: Block
+        self, epoch: int, local: int, lane: int, within: int, block: Block | Singles
     ) -> Iterator[tuple[int, memoryview]]:
         """(id, payload) of the sample whose turn it is, then of those that may replace it.
 

@@ -6,9 +6,12 @@ sliced by the manifest's offsets; tar headers are never parsed, so a damaged one
 A lane goes through a shard from front to back. Where the store keeps a shard in chunks, a block is read to the end of
 the chunk in which it ends, and the next begins with what is there already: all requests are for whole chunks, and no
 byte is asked for twice.
+
+At a start, at whichever step, the first batch does not wait for 64 blocks: where that is quicker, its samples are read
+one by one before them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +27,7 @@ from pipeline.storage import StorageError
 BlockKey = tuple[int, int, int]  # epoch, lane, block
 
 FETCH_THREADS = 4  # they wait for sockets; 1.1x the bytes of 2 on loopback, more where answers take longer
+REQUEST_BYTES = 2 * 2**20  # take as long as a request's start: 3 ms on loopback, 25 ms at S3's 85 MB/s a connection
 _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way is not there twice
 _MIB = 2**20
 
@@ -177,6 +181,27 @@ class Block:
         return payload
 
 
+class Singles:
+    """A block's samples, read one by one."""
+
+    def __init__(self, reader: SampleReader, ids: list[int], start: int) -> None:
+        self.start = start
+        self.ids = ids
+        self._reader = reader
+        self._ahead: dict[int, Future[Block]] = {}  # by place
+
+    def read_ahead(self, places: range, threads: ThreadPoolExecutor) -> None:
+        """Have the threads read these; others are read when their turn comes."""
+        self._ahead = {place: threads.submit(self._read, place) for place in places}
+
+    def payload(self, place: int) -> memoryview:
+        """As ``Block.payload``. Raises what reading raised."""
+        return (self._ahead[place].result() if place in self._ahead else self._read(place)).payload(0)
+
+    def _read(self, place: int) -> Block:
+        return self._reader.read_run(Run(self.ids[place], 1))
+
+
 class LaneReader:
     """Keeps the current blocks of some lanes in memory, and those that come next."""
 
@@ -189,16 +214,24 @@ class LaneReader:
         self._blocks: dict[int, Block] = {}  # theirs
         self._ahead: dict[BlockKey, Future[Block]] = {}
         self._asked: list[tuple[int, bytes]] = []  # what the last call looked at
+        self._started = False
         self._free: list[NDArray[np.uint8]] = []  # buffers: fresh memory costs 0.3 CPU-s/GB in page faults
         self._largest = 0
         self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="parallax-fetch")
 
-    def at(self, step: int, end_step: int) -> dict[int, Block]:
+    def at(self, step: int, end_step: int) -> Mapping[int, Block | Singles]:
         """lane -> block at global ``step``; reads ahead, at most to ``end_step``. Raises what reading raised."""
         looked_at = self._look(step, end_step)
+        epoch, local = divmod(step, self._plan.steps_per_epoch)
+        if not self._started:
+            self._started = True
+            if self._singles_are_quicker(epoch, local):
+                singles = self._singles(epoch, local)
+                if step + 1 < end_step:
+                    self._ask(looked_at)  # the threads come to these once they have read those
+                return singles
         if looked_at != self._asked:
             self._asked = []  # should this fail, the blocks of the last call are no more
-            epoch, local = divmod(step, self._plan.steps_per_epoch)
             for lane in [lane for lane, (key, _) in self._current.items() if key[0] != epoch]:
                 self._release(*self._current.pop(lane))  # before the new epoch's blocks ask for theirs
             self._ask(looked_at)
@@ -231,6 +264,23 @@ class LaneReader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._current.clear()
         self._ahead.clear()
+
+    def _singles_are_quicker(self, epoch: int, local: int) -> bool:
+        """Whether the samples of one step are there sooner if they are read one by one."""
+        blocks = zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True)
+        in_blocks = sum(self._reader.num_bytes(self._plan.block_runs(epoch, *lane_block)) for lane_block in blocks)
+        return len(self._lanes) * self._plan.batch_per_lane * REQUEST_BYTES < in_blocks
+
+    def _singles(self, epoch: int, local: int) -> dict[int, Singles]:
+        """lane -> the block at step ``local``, of which the threads read the samples of that step."""
+        singles = {}
+        for lane in self._lanes:
+            block = self._plan.block_of(local, lane)
+            start = self._plan.block_start(lane, block)
+            singles[lane] = Singles(self._reader, self._plan.block_ids(epoch, lane, block).tolist(), start)
+            first = local * self._plan.batch_per_lane - start
+            singles[lane].read_ahead(range(first, first + self._plan.batch_per_lane), self._threads)
+        return singles
 
     def _look(self, step: int, end_step: int) -> list[tuple[int, bytes]]:
         """The blocks of all lanes now and up to a quarter of a block or epoch ahead: (epoch, int64 blocks).

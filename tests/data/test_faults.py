@@ -21,9 +21,10 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.data import fetch
+from pipeline.data import reader as reader_module
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
-from pipeline.data.reader import IntegrityError
+from pipeline.data.reader import REQUEST_BYTES, IntegrityError
 from pipeline.data.views import View
 from pipeline.storage import DeniedError, MissingError, StorageError
 from tests.conftest import S3
@@ -96,10 +97,17 @@ HEALED: dict[str, list[Fault]] = {
 }
 
 
+@pytest.mark.parametrize("request_bytes", [0, REQUEST_BYTES])  # the first batch is read one by one, or in blocks
 @pytest.mark.parametrize("name", HEALED)
 def test_a_passing_fault_leaves_no_trace(
-    name: str, manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy
+    name: str,
+    request_bytes: int,
+    manifest: Manifest,
+    undisturbed: list[Tensor],
+    proxy: HurtingProxy,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", request_bytes)
     faults = HEALED[name]
     if name == "bit flip in a payload":
         middle = int(manifest.samples.offset[3] + manifest.samples.length[3] // 2)

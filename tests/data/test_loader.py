@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.assemble import BadSamplesError
+from pipeline.data import reader as reader_module
+from pipeline.data.assemble import BadSample, BadSamplesError
 from pipeline.data.loader import Loader, WorkerError, centre_crop, normalize, read_blocks, read_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
@@ -150,6 +151,26 @@ def test_bad_samples_are_replaced_alike_everywhere_and_recorded(tmp_path: Path) 
     assert here.quarantine[3].shard == "train-000000.tar"
     assert "truncated" in here.quarantine[31].reason
     assert not set(bad) & set(torch.cat(ids).tolist())
+
+
+def test_bad_samples_are_replaced_alike_if_the_first_batch_is_read_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = dict.fromkeys(range(0, 60, 4), b"not an image")
+    manifest = with_bad_samples(str(tmp_path), bad)
+
+    def run() -> tuple[dict[int, BadSample], Tensor, Tensor]:
+        one = Loader(manifest, "train", VIEWS, image_size=24, global_batch_size=12, seed=0)
+        batch = next(iter(one.batches(2, 5)))
+        return one.quarantine, batch.sample_ids, batch.views[0]
+
+    quarantine, ids, views = run()
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
+    other_quarantine, other_ids, other_views = run()
+    assert quarantine == other_quarantine
+    assert set(quarantine) & set(bad)
+    assert torch.equal(ids, other_ids)
+    assert torch.equal(views, other_views)
 
 
 def test_a_replacement_comes_from_another_step_so_no_batch_has_an_image_twice(tmp_path: Path) -> None:

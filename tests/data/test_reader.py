@@ -76,6 +76,15 @@ def read_steps(manifest: Manifest, plan: Plan, fetch: LocalFetch, steps: Sequenc
     reader.close()
 
 
+def ranges_of(manifest: Manifest, plan: Plan, step: int) -> list[tuple[int, int, int]]:
+    """(shard, start, end) of a batch's samples, ascending."""
+    samples, ids = manifest.split("train"), plan.batch(*divmod(step, plan.steps_per_epoch))
+    starts = samples.offset[ids]
+    return sorted(
+        zip(samples.shard[ids].tolist(), starts.tolist(), (starts + samples.length[ids]).tolist(), strict=True)
+    )
+
+
 def test_an_epoch_asks_for_whole_chunks_and_for_no_byte_twice(manifest: Manifest) -> None:
     """Except where a lane or a shard begins or ends, there is one request for some neighbouring chunks."""
     plan = Plan(manifest.shards, "train", 8, seed=1)
@@ -107,6 +116,49 @@ def test_the_blocks_of_one_lane_are_read_side_by_side(manifest: Manifest, monkey
     reader = LaneReader(manifest, manifest.split("train"), plan, Gate(manifest), range(1))
     check_step(plan, reader, 0, plan.steps_per_epoch)
     reader.close()
+
+
+@pytest.mark.parametrize("start", [0, 3, 10_000])
+def test_a_first_batch_waits_for_no_block(manifest: Manifest, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a run starts; if its blocks are long, it is read first, with a request for each sample."""
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    first_batch, blocks_may_be_read = ranges_of(manifest, plan, start), threading.Event()
+
+    class Gate(Recorder):
+        def fill(self, shard: int, start: int, buffer: memoryview) -> None:
+            if (shard, start, start + len(buffer)) not in first_batch:
+                assert blocks_may_be_read.wait(timeout=10), "the first batch waits for a block"
+            super().fill(shard, start, buffer)
+
+    fetch = Gate(manifest)
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    check_step(plan, reader, start, start + 20)
+    assert sorted(fetch.ranges) == first_batch
+    blocks_may_be_read.set()
+    for step in range(start + 1, start + 20):
+        check_step(plan, reader, step, start + 20)
+    reader.close()
+    assert len(fetch.ranges) - len(first_batch) < 19 * plan.global_batch_size / 2, "the rest is read in blocks"
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_one_batch_reads_its_samples_and_nothing_else(
+    manifest: Manifest, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    fetch = Recorder(manifest)
+    read_steps(manifest, plan, fetch, [step], step + 1)
+    assert sorted(fetch.ranges) == ranges_of(manifest, plan, step)
+
+
+def test_where_blocks_are_short_a_first_batch_is_read_in_blocks(manifest: Manifest) -> None:
+    """A request for each of its samples would take longer."""
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    fetch = Recorder(manifest)
+    read_steps(manifest, plan, fetch, [5], 6)
+    assert len(fetch.ranges) < plan.global_batch_size
 
 
 def test_buffers_are_used_again(manifest: Manifest) -> None:
@@ -147,6 +199,7 @@ def test_samples_are_right_at_any_step(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "chunk_bytes", chunk)
         patch.setattr(reader_module, "FETCH_THREADS", data.draw(st.integers(1, 4)))
+        patch.setattr(reader_module, "REQUEST_BYTES", data.draw(st.sampled_from([0, CHUNK])))
         patch.setattr(plan_module, "BLOCK_BYTES", block)
         patch.setattr(plan_module, "MAX_LANES", data.draw(st.integers(1, 6)))
         plan = Plan(manifest.shards, "train", batch, seed=2)
@@ -164,8 +217,12 @@ def test_back_over_the_edge_of_an_epoch(manifest: Manifest, monkeypatch: pytest.
     read_steps(manifest, plan, Recorder(manifest, delay_s=0.01), [edge, edge - 1, *range(edge, edge + 4)] * 4, end)
 
 
-def test_one_read_that_fails_is_one_error(manifest: Manifest) -> None:
+@pytest.mark.parametrize("request_bytes", [0, CHUNK])  # the first batch one by one, or not
+def test_one_read_that_fails_is_one_error(
+    manifest: Manifest, request_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither are the blocks that begin with what it would have read lost."""
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", request_bytes)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     end = 2 * plan.steps_per_epoch
     fetch = Recorder(manifest)
