@@ -121,6 +121,8 @@ def test_the_blocks_of_one_lane_are_read_side_by_side(manifest: Manifest, monkey
 @pytest.mark.parametrize("start", [0, 3, 10_000])
 def test_a_first_batch_waits_for_no_block(manifest: Manifest, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a run starts; if its blocks are long, it is read first, with a request for each sample."""
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 12 * CHUNK)
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     first_batch, blocks_may_be_read = ranges_of(manifest, plan, start), threading.Event()
 
@@ -131,7 +133,6 @@ def test_a_first_batch_waits_for_no_block(manifest: Manifest, start: int, monkey
             super().fill(shard, start, buffer)
 
     fetch = Gate(manifest)
-    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
     reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
     check_step(plan, reader, start, start + 20)
     assert sorted(fetch.ranges) == first_batch
@@ -147,6 +148,7 @@ def test_one_batch_reads_its_samples_and_nothing_else(
     manifest: Manifest, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 12 * CHUNK)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     fetch = Recorder(manifest)
     read_steps(manifest, plan, fetch, [step], step + 1)
