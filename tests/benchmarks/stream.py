@@ -3,12 +3,13 @@
     python -m tests.benchmarks.stream [--quick]
 
 Needs the extra `benchmarks` and 10 GB of disk. A SeaweedFS server on loopback holds JPEGs of 29 kB, 500 x 375. Peers
-are interleaved, ratios are medians over the rounds, above 1 is better than the peer; CPU seconds are this process's
+are interleaved, ratios are medians over the rounds, above 1 is better than a peer; CPU seconds are this process's
 with all its threads (one decodes and augments), without the server's. The last line is one JSON object:
 
 stream_vs_curl           bytes per wall second, checked by crc32, / curl keep-alive to /dev/null
 cpu_s_per_gb             CPU seconds per GB so read (target: at most 0.4); curl's and fetch's are beside it: byte ranges
                          of a block's length by the reader's own sockets and threads, neither sliced nor checked
+first_batch_late_vs_0    wall seconds to a first batch of 64 at step 10,000 / at step 0, same set (asked: at most 1.5)
 views_vs_webdataset_pil  images per CPU second from S3 to two 224-px SimCLR views / webdataset + s3fs + torchvision's
                          PIL transforms with PIL's blur, the fastest usual stack
 views_vs_torchvision     the same / with torchvision's own GaussianBlur
@@ -161,6 +162,34 @@ def stream(manifest: Manifest, rounds: int) -> dict[str, float]:
         "cpu_s_per_gb": statistics.median(cpu),
         "curl_cpu_s_per_gb": statistics.median(curl_cpu),
         "fetch_cpu_s_per_gb": statistics.median(fetch_cpu),
+    }
+
+
+def first_batch(manifest: Manifest, rounds: int) -> dict[str, float]:
+    """Of a run that goes on after it."""
+    rows = Rows("train", RECIPES["simclr"], 224, BATCH, 0, 0, BATCH)
+    views = [np.empty((BATCH, 3, 224, 224), np.uint8) for _ in range(2)]
+    ids = np.empty(BATCH, np.int64)
+
+    def wait(step: int) -> float:
+        started = time.perf_counter()
+        assembler = Assembler(manifest, rows)
+        assembler.fill(step, step + 10_000, views, ids)
+        seconds = time.perf_counter() - started
+        assembler.close()
+        time.sleep(1)  # its threads end with the blocks that they had begun
+        return seconds
+
+    waited = {0: [], 10_000: []}
+    wait(0)  # compiles
+    for _ in range(rounds):
+        for step, collected in waited.items():
+            collected.append(wait(step))
+    start, late = waited.values()
+    say(f"first batch after {statistics.median(start):.2f} s at step 0, {statistics.median(late):.2f} s at step 10,000")
+    return {
+        "first_batch_s": statistics.median(start),
+        "first_batch_late_vs_0": statistics.median(b / a for a, b in zip(start, late, strict=True)),
     }
 
 
@@ -345,6 +374,7 @@ def main() -> None:
             say(f"{count} images, {int(manifest.shards.size.sum()) / 1e6:.0f} MB, {len(manifest.shards.name)} shards")
             rounds = 3 if quick else 5
             figures |= stream(manifest, rounds)
+            figures |= first_batch(manifest, rounds)
             small = 512 if quick else 2048
             few = write_shards(make_samples(small), f"{server.new_bucket()}/shards")
             figures |= views(few, 1 if quick else 3, small, 48 if quick else 96)
