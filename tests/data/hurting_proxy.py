@@ -10,6 +10,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,13 @@ class Stall:
 
 
 @dataclass(frozen=True)
+class Trickle:
+    """Send the body in pieces of ``size`` bytes, 1 ms apart."""
+
+    size: int
+
+
+@dataclass(frozen=True)
 class Flip:
     """Flip the lowest bit of the byte at ``offset`` of the object, if the range covers it."""
 
@@ -65,7 +73,7 @@ class Chunked:
     """Send the body in chunks, its length not known before."""
 
 
-Fault = Status | Cut | Fin | Stall | Flip | Close | Longer | Chunked
+Fault = Status | Cut | Fin | Stall | Trickle | Flip | Close | Longer | Chunked
 
 
 class HurtingProxy:
@@ -162,8 +170,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        size = fault.size if isinstance(fault, Trickle) else len(body) or 1
+        for start in range(0, 0 if self.command == "HEAD" else len(body), size):
+            self.wfile.write(body[start : start + size])
+            if isinstance(fault, Trickle):
+                time.sleep(0.001)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

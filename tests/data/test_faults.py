@@ -28,7 +28,7 @@ from pipeline.data.reader import REQUEST_BYTES, IntegrityError
 from pipeline.data.views import View
 from pipeline.storage import DeniedError, MissingError, StorageError
 from tests.conftest import S3
-from tests.data.hurting_proxy import Chunked, Close, Cut, Fault, Fin, Flip, HurtingProxy, Longer, Stall, Status
+from tests.data.hurting_proxy import Chunked, Close, Cut, Fault, Fin, Flip, HurtingProxy, Longer, Stall, Status, Trickle
 from tests.data.images import write_photos
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]  # never a hang
@@ -48,6 +48,7 @@ def proxy(s3: S3, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     monkeypatch.setattr(fetch, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(fetch, "PATIENCE_S", 4.0)
+    monkeypatch.setattr(fetch, "_READ_BYTES", 2**12)  # bodies are longer here too
     yield proxy
     proxy.stop()
 
@@ -118,6 +119,18 @@ def test_a_passing_fault_leaves_no_trace(
     assert all(map(torch.equal, seen, undisturbed))
     assert not proxy.faults, "every fault struck"
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("size", [1000, 5000, 30_000])
+def test_a_slow_body_is_there_when_its_last_byte_is(
+    size: int, manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the kernel has of it when it is asked: nobody waits for more bytes than there will be."""
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 40.0)
+    proxy.always = Trickle(size)
+    started = time.monotonic()
+    assert all(map(torch.equal, epoch(manifest), undisturbed))
+    assert time.monotonic() - started < fetch.TIMEOUT_S
 
 
 def test_faults_behind_tls_heal_alike(
