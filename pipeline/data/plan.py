@@ -60,6 +60,7 @@ class Plan:
         self.lane_length = self.steps_per_epoch * self.batch_per_lane
         mean_bytes = max(int(shards.size[in_split].sum()) // self.num_samples, 1)
         self.block_length = max(BLOCK_BYTES // mean_bytes // self.batch_per_lane, 1) * self.batch_per_lane
+        self.block_bytes = min(self.block_length, self.lane_length) * mean_bytes  # about, of a whole block
         steps_per_block = self.block_length // self.batch_per_lane
         self._phases = np.arange(self.lanes) * steps_per_block // self.lanes * self.batch_per_lane
         self._first_id = int(shards.count[: shards.split.index(split)].sum())

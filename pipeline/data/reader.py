@@ -225,7 +225,7 @@ class LaneReader:
         epoch, local = divmod(step, self._plan.steps_per_epoch)
         if not self._started:
             self._started = True
-            if self._singles_are_quicker(epoch, local):
+            if self._plan.batch_per_lane * REQUEST_BYTES < self._plan.block_bytes:
                 singles = self._singles(epoch, local)
                 if step + 1 < end_step:
                     self._ask(looked_at)  # the threads come to these once they have read those
@@ -264,12 +264,6 @@ class LaneReader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._current.clear()
         self._ahead.clear()
-
-    def _singles_are_quicker(self, epoch: int, local: int) -> bool:
-        """Whether the samples of one step are there sooner if they are read one by one."""
-        blocks = zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True)
-        in_blocks = sum(self._reader.num_bytes(self._plan.block_runs(epoch, *lane_block)) for lane_block in blocks)
-        return len(self._lanes) * self._plan.batch_per_lane * REQUEST_BYTES < in_blocks
 
     def _singles(self, epoch: int, local: int) -> dict[int, Singles]:
         """lane -> the block at step ``local``, of which the threads read the samples of that step."""
