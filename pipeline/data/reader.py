@@ -188,18 +188,19 @@ class Singles:
         self.start = start
         self.ids = ids
         self._reader = reader
-        self._ahead: dict[int, Future[Block]] = {}  # by place
+        self._ahead: dict[int, Future[Block]] = {}  # by id
 
-    def read_ahead(self, places: range, threads: ThreadPoolExecutor) -> None:
+    def read_ahead(self, ids: list[int], threads: ThreadPoolExecutor) -> None:
         """Have the threads read these; others are read when their turn comes."""
-        self._ahead = {place: threads.submit(self._read, place) for place in places}
+        self._ahead = {sample_id: threads.submit(self._read, sample_id) for sample_id in ids}
 
     def payload(self, place: int) -> memoryview:
         """As ``Block.payload``. Raises what reading raised."""
-        return (self._ahead[place].result() if place in self._ahead else self._read(place)).payload(0)
+        sample_id = self.ids[place]
+        return (self._ahead[sample_id].result() if sample_id in self._ahead else self._read(sample_id)).payload(0)
 
-    def _read(self, place: int) -> Block:
-        return self._reader.read_run(Run(self.ids[place], 1))
+    def _read(self, sample_id: int) -> Block:
+        return self._reader.read_run(Run(sample_id, 1))
 
 
 class LaneReader:
@@ -270,10 +271,9 @@ class LaneReader:
         singles = {}
         for lane in self._lanes:
             block = self._plan.block_of(local, lane)
-            start = self._plan.block_start(lane, block)
-            singles[lane] = Singles(self._reader, self._plan.block_ids(epoch, lane, block).tolist(), start)
-            first = local * self._plan.batch_per_lane - start
-            singles[lane].read_ahead(range(first, first + self._plan.batch_per_lane), self._threads)
+            ids = self._plan.block_ids(epoch, lane, block).tolist()
+            singles[lane] = Singles(self._reader, ids, self._plan.block_start(lane, block))
+            singles[lane].read_ahead(self._plan.lane_batch(epoch, local, lane).tolist(), self._threads)
         return singles
 
     def _look(self, step: int, end_step: int) -> list[tuple[int, bytes]]:

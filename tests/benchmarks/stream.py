@@ -40,6 +40,7 @@ import s3fs
 import torch
 import torchvision
 import webdataset
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -57,6 +58,7 @@ from tests.data.images import jpeg, photo
 from tests.servers import S3Server
 
 BATCH = 64
+ROWS = Rows("train", RECIPES["simclr"], 224, BATCH, 0, 0, BATCH)  # two views of whole batches
 DISTINCT = 128  # photos; drawing one takes longer than augmenting it
 
 
@@ -165,15 +167,18 @@ def stream(manifest: Manifest, rounds: int) -> dict[str, float]:
     }
 
 
+def empty_batch() -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+    """Memory for what ``ROWS`` asks for: views and sample ids."""
+    return [np.empty((BATCH, 3, 224, 224), np.uint8) for _ in range(2)], np.empty(BATCH, np.int64)
+
+
 def first_batch(manifest: Manifest, rounds: int) -> dict[str, float]:
     """Of a run that goes on after it."""
-    rows = Rows("train", RECIPES["simclr"], 224, BATCH, 0, 0, BATCH)
-    views = [np.empty((BATCH, 3, 224, 224), np.uint8) for _ in range(2)]
-    ids = np.empty(BATCH, np.int64)
+    views, ids = empty_batch()
 
     def wait(step: int) -> float:
         started = time.perf_counter()
-        assembler = Assembler(manifest, rows)
+        assembler = Assembler(manifest, ROWS)
         assembler.fill(step, step + 10_000, views, ids)
         seconds = time.perf_counter() - started
         assembler.close()
@@ -228,10 +233,8 @@ def usual_stack(manifest: Manifest, blur: object, count: int) -> None:
 
 def our_stack(manifest: Manifest, count: int) -> None:
     """A whole epoch of a set of ``count``: it reads ahead, and what it read is then used."""
-    rows = Rows("train", RECIPES["simclr"], 224, BATCH, 0, 0, BATCH)
-    assembler = Assembler(manifest, rows)
-    views = [np.empty((BATCH, 3, 224, 224), np.uint8) for _ in range(2)]
-    ids = np.empty(BATCH, np.int64)
+    assembler = Assembler(manifest, ROWS)
+    views, ids = empty_batch()
     for step in range(count // BATCH):
         assembler.fill(step, count // BATCH, views, ids)
     assembler.close()

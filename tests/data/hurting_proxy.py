@@ -170,11 +170,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        size = fault.size if isinstance(fault, Trickle) else len(body) or 1
-        for start in range(0, 0 if self.command == "HEAD" else len(body), size):
-            self.wfile.write(body[start : start + size])
-            if isinstance(fault, Trickle):
+        if isinstance(fault, Trickle):
+            for start in range(0, len(body), fault.size):
+                self.wfile.write(body[start : start + fault.size])
                 time.sleep(0.001)
+        elif self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
