@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from isal.isal_zlib import crc32
+from deflate import crc32
 
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch, read_range

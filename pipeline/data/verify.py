@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from isal.isal_zlib import crc32
+from deflate import crc32
 
 from pipeline.data.fetch import open_fetch, read_range
 from pipeline.data.manifest import Manifest
