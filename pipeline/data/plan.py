@@ -11,6 +11,7 @@ epoch, so that none is left out twice before every other was left out once.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,11 @@ class Run:
 
     first: int
     count: int
+
+
+def ids_of(runs: Sequence[Run]) -> NDArray[np.int64]:
+    """The ids of one run after the other."""
+    return np.concatenate([np.arange(run.first, run.first + run.count) for run in runs])
 
 
 class Plan:
@@ -65,7 +71,7 @@ class Plan:
         self._phases = np.arange(self.lanes) * steps_per_block // self.lanes * self.batch_per_lane
         self._first_id = int(shards.count[: shards.split.index(split)].sum())
         self._shard_starts = np.cumsum(counts) - counts
-        self.block_ids = functools.lru_cache(maxsize=4 * MAX_LANES)(self._block_ids)
+        self.block_order = functools.lru_cache(maxsize=4 * MAX_LANES)(self._block_order)
         self._sequence = functools.lru_cache(maxsize=2)(self._permuted_segments)  # two epochs meet at the boundary
 
     def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
@@ -105,14 +111,16 @@ class Plan:
             segment += 1
         return runs
 
-    def _block_ids(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
+    def block_ids(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
         """The ids of a block in the order in which batches take them."""
-        runs = self.block_runs(epoch, lane, block)
-        ids = np.concatenate([np.arange(run.first, run.first + run.count) for run in runs])
-        order = _permutation(len(ids), self.seed, epoch, _BLOCK_STREAM, lane, block)
-        shuffled: NDArray[np.int64] = ids[order]
-        shuffled.flags.writeable = False  # shared through the cache
-        return shuffled
+        return ids_of(self.block_runs(epoch, lane, block))[self.block_order(epoch, lane, block)]
+
+    def _block_order(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
+        """Where in a block's runs lies what batches take first, second, ..."""
+        start, end = self._block_bounds(block, lane)
+        order = _permutation(end - start, self.seed, epoch, _BLOCK_STREAM, lane, block)
+        order.flags.writeable = False  # shared through the cache
+        return order
 
     def left_out(self, epoch: int) -> NDArray[np.int64]:
         """The ids of the N mod B samples that ``epoch`` does without."""

@@ -57,7 +57,7 @@ def test_a_batch_is_computed_from_its_step_alone(plan: Plan, data: st.DataObject
     walked = [plan.batch(epoch, at) for at in range(plan.steps_per_epoch)][step]
     shards = table([1])  # another plan's caches must not matter either
     Plan(shards, "train", 1, plan.seed).batch(epoch, 0)
-    plan.block_ids.cache_clear()
+    plan.block_order.cache_clear()
     plan._sequence.cache_clear()
     assert np.array_equal(plan.batch(epoch, step), walked)
 
