@@ -8,7 +8,7 @@ the chunk in which it ends, and the next begins with what is there already: all 
 byte is asked for twice.
 
 At a start, at whichever step, the first batch does not wait for 64 blocks: where that is quicker, its samples are read
-one by one before them.
+one by one, and blocks from the second on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -213,15 +213,12 @@ class LaneReader:
 
     def at(self, step: int, end_step: int) -> Mapping[int, Block | Singles]:
         """lane -> block at global ``step``; reads ahead, at most to ``end_step``. Raises what reading raised."""
-        looked_at = self._look(step, end_step)
         epoch, local = divmod(step, self._plan.steps_per_epoch)
         if not self._started:
             self._started = True
             if self._plan.batch_per_lane * REQUEST_BYTES < self._plan.block_bytes:
-                singles = self._singles(epoch, local)
-                if step + 1 < end_step:
-                    self._ask(looked_at)  # the threads come to these once they have read those
-                return singles
+                return self._singles(epoch, local)  # blocks with the next call: these would have to share the cores
+        looked_at = self._look(step, end_step)
         if looked_at != self._asked:
             self._asked = []  # should this fail, the blocks of the last call are no more
             for lane in [lane for lane, (key, _) in self._current.items() if key[0] != epoch]:
