@@ -11,6 +11,7 @@ cpu_s_per_gb             CPU seconds per GB so read (target: at most 0.4); curl'
                          of a block's length by the reader's own sockets and threads, neither sliced nor checked
 first_batch_late_vs_0    wall seconds to a first batch of 64 at step 10,000 / at step 0, same set (asked: at most 1.5)
 first_1024_late_vs_0     the same for a batch of 1,024
+plan_100m_s              seconds to plan 100 million samples in 100,000 shards and hand out a first batch of 4,096
 views_vs_webdataset_pil  images per CPU second from S3 to two 224-px SimCLR views / webdataset + s3fs + torchvision's
                          PIL transforms with PIL's blur, the fastest usual stack
 views_vs_torchvision     the same / with torchvision's own GaussianBlur
@@ -48,7 +49,7 @@ from pipeline import storage
 from pipeline.data.assemble import Assembler, Rows
 from pipeline.data.fetch import Fetch, open_fetch
 from pipeline.data.loader import Loader, normalize
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, Shards
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import BLOCK_BYTES, MAX_LANES, Plan
 from pipeline.data.reader import FETCH_THREADS, LaneReader
@@ -247,6 +248,14 @@ def our_stack(manifest: Manifest, count: int) -> None:
     views.close()
 
 
+def plan_100m(rounds: int) -> dict[str, float]:
+    shards, each = 100_000, np.full(100_000, 1000)
+    table = Shards(tuple(f"{i}.tar" for i in range(shards)), ("train",) * shards, each * 35_000, each)
+    times = [wall_s(lambda seed=seed: Plan(table, "train", 4096, seed).batch(0, 0)) for seed in range(rounds)]
+    say(f"100 million samples are planned in {statistics.median(times):.2f} s")
+    return {"plan_100m_s": statistics.median(times)}
+
+
 def views(manifest: Manifest, rounds: int, count: int, peer_count: int) -> dict[str, float]:
     ours, pil, own_blur = [], [], []
     peers = [(pil, PilBlur()), (own_blur, transforms.GaussianBlur(23, (0.1, 2.0)))]
@@ -386,6 +395,7 @@ def main() -> None:
             figures |= stream(manifest, rounds)
             figures["first_batch_s"], figures["first_batch_late_vs_0"] = first_batch(manifest, rounds, BATCH)
             figures["first_1024_s"], figures["first_1024_late_vs_0"] = first_batch(manifest, rounds, 1024)
+            figures |= plan_100m(rounds)
             small = 512 if quick else 2048
             few = write_shards(make_samples(small), f"{server.new_bucket()}/shards")
             figures |= views(few, 1 if quick else 3, small, 48 if quick else 96)

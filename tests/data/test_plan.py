@@ -1,6 +1,5 @@
 """The order: every sample once an epoch, the same at any world size, computed and not replayed."""
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -90,18 +89,16 @@ def test_the_order_is_pinned_across_releases() -> None:
     assert Plan(table([7, 1, 9, 30]), "train", 8, seed=3).batch(2, 1).tolist() == [8, 10, 16, 27, 34, 37, 44, 49]
 
 
-def test_100_million_samples_in_100_000_shards_plan_in_seconds_and_little_memory() -> None:
+def test_100_million_samples_in_100_000_shards_plan_in_little_memory() -> None:
+    """How long that takes, `python -m tests.benchmarks.stream` measures."""
     shards = table([1000] * 100_000, sample_bytes=35_000)
     tracemalloc.start()
-    started = time.process_time()
     plan = Plan(shards, "train", 4096, seed=0)
     first = plan.batch(0, 0)
-    seconds = time.process_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(np.unique(first)) == 4096
     assert plan.steps_per_epoch == 100_000_000 // 4096
-    assert seconds < 3
     assert peak < 64 * 2**20
 
 
