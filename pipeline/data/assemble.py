@@ -67,9 +67,7 @@ class Assembler:
         fetch = open_fetch(manifest)
         if mirror is not None:
             fetch = MirrorFetch(manifest, fetch, mirror)
-        per_lane = self._plan.batch_per_lane
-        lanes = range(rows.start // per_lane, -(-rows.end // per_lane))
-        self._reader = LaneReader(manifest, self._samples, self._plan, fetch, lanes)
+        self._reader = LaneReader(manifest, self._samples, self._plan, fetch, range(rows.start, rows.end))
 
     def fill(
         self, step: int, end_step: int, views: list[NDArray[np.uint8]], sample_ids: NDArray[np.int64]

@@ -29,7 +29,6 @@ BlockKey = tuple[int, int, int]  # epoch, lane, block
 FETCH_THREADS = 4  # they wait for sockets; 1.1x the bytes of 2 on loopback, more where answers take longer
 REQUEST_BYTES = 2**20  # a request costs at least as much: SeaweedFS 3 ms of CPU, these 2; S3 25 ms, these 12
 _REFETCHES = 2  # of a sample whose checksum is wrong: a flipped bit on the way is not there twice
-_MIB = 2**20
 
 
 class IntegrityError(StorageError):
@@ -195,20 +194,23 @@ class Singles:
 
 
 class LaneReader:
-    """Keeps the current blocks of some lanes in memory, and those that come next."""
+    """Keeps the current blocks of the lanes of some rows of the global batch in memory, and those that come next."""
 
-    def __init__(self, manifest: Manifest, samples: Samples, plan: Plan, fetch: Fetch, lanes: range) -> None:
+    def __init__(self, manifest: Manifest, samples: Samples, plan: Plan, fetch: Fetch, rows: range) -> None:
         self._reader = SampleReader(manifest, samples, fetch)
         self._plan = plan
-        self._lanes = lanes
-        self._slice = slice(lanes.start, lanes.stop)
+        self._rows = rows
+        self._lanes = range(rows.start // plan.batch_per_lane, -(-rows.stop // plan.batch_per_lane))
+        self._slice = slice(self._lanes.start, self._lanes.stop)
         self._current: dict[int, tuple[BlockKey, Future[Block]]] = {}
         self._blocks: dict[int, Block] = {}  # theirs
         self._ahead: dict[BlockKey, Future[Block]] = {}
         self._asked: list[tuple[int, bytes]] = []  # what the last call looked at
         self._started = False
-        self._free: list[NDArray[np.uint8]] = []  # buffers: fresh memory costs 0.3 CPU-s/GB in page faults
-        self._largest = 0
+        # Buffers: fresh memory costs 0.3 CPU-s/GB in page faults. All have one size, which most blocks keep to (what is
+        # never written to takes no memory); what a longer one wrote to would be held by the short ones after it.
+        self._free: list[NDArray[np.uint8]] = []
+        self._buffer_bytes = plan.block_bytes * 5 // 4 + fetch.chunk_bytes
         self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="parallax-fetch")
 
     def at(self, step: int, end_step: int) -> Mapping[int, Block | Singles]:
@@ -255,13 +257,15 @@ class LaneReader:
         self._ahead.clear()
 
     def _singles(self, epoch: int, local: int) -> dict[int, Singles]:
-        """lane -> the block at step ``local``, of which the threads read the samples of that step."""
+        """lane -> the block at step ``local``, of which the threads read the rows of that step."""
         singles = {}
         for lane in self._lanes:
             block = self._plan.block_of(local, lane)
             ids = self._plan.block_ids(epoch, lane, block).tolist()
             singles[lane] = Singles(self._reader, ids, self._plan.block_start(lane, block))
-            singles[lane].read_ahead(self._plan.lane_batch(epoch, local, lane).tolist(), self._threads)
+            first_row = lane * self._plan.batch_per_lane
+            mine = slice(max(self._rows.start - first_row, 0), self._rows.stop - first_row)
+            singles[lane].read_ahead(self._plan.lane_batch(epoch, local, lane)[mine].tolist(), self._threads)
         return singles
 
     def _look(self, step: int, end_step: int) -> list[tuple[int, bytes]]:
@@ -316,15 +320,14 @@ class LaneReader:
         """Nobody takes its samples any more: another may have its buffer, unless the next one will copy from it."""
         epoch, lane, block = key
         after = self._ahead.get((epoch, lane, block + 1))
-        if after is None or after.done():
-            self._free.append(future.result().buffer)
+        buffer = future.result().buffer
+        if len(buffer) == self._buffer_bytes and (after is None or after.done()):
+            self._free.append(buffer)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        if size > self._largest:
-            self._largest = size + size // 8 + _MIB  # what is never written to takes no memory
+        if size > self._buffer_bytes:
+            return np.empty(size, np.uint8)
         try:  # another thread may be quicker: then there is nothing to take
-            while len(buffer := self._free.pop()) < size:
-                pass  # dropped, so that the small ones do not add up
+            return self._free.pop()
         except IndexError:
-            return np.empty(self._largest, np.uint8)
-        return buffer
+            return np.empty(self._buffer_bytes, np.uint8)

@@ -87,7 +87,7 @@ class Epochs:
     def __init__(self, manifest: Manifest, fetch: Fetch) -> None:
         samples = manifest.split("train")
         self._plan = Plan(manifest.shards, "train", BATCH, seed=0)
-        self._reader = LaneReader(manifest, samples, self._plan, fetch, range(self._plan.lanes))
+        self._reader = LaneReader(manifest, samples, self._plan, fetch, range(BATCH))
         self._step = 0
 
     def __call__(self) -> None:

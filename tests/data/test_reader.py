@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from pipeline.data.fetch import LocalFetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.reader import LaneReader
+from pipeline.data.writer import Sample, write_shards
 from pipeline.storage import MissingError
 from tests.data.images import photos, write_photos
 
@@ -70,7 +72,7 @@ def check_step(plan: Plan, reader: LaneReader, step: int, end: int) -> None:
 
 
 def read_steps(manifest: Manifest, plan: Plan, fetch: LocalFetch, steps: Sequence[int], end: int) -> None:
-    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.global_batch_size))
     for step in steps:
         check_step(plan, reader, step, end)
     reader.close()
@@ -113,7 +115,7 @@ def test_the_blocks_of_one_lane_are_read_side_by_side(manifest: Manifest, monkey
 
     plan = Plan(manifest.shards, "train", 8, seed=1)
     assert plan.steps_per_epoch > 4 > plan.block_length // plan.batch_per_lane
-    reader = LaneReader(manifest, manifest.split("train"), plan, Gate(manifest), range(1))
+    reader = LaneReader(manifest, manifest.split("train"), plan, Gate(manifest), range(plan.batch_per_lane))
     check_step(plan, reader, 0, plan.steps_per_epoch)
     reader.close()
 
@@ -128,7 +130,7 @@ def test_a_first_batch_reads_its_samples_and_nothing_else(
     plan = Plan(manifest.shards, "train", 8, seed=1)
     first_batch = ranges_of(manifest, plan, start)
     fetch = Recorder(manifest)
-    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.global_batch_size))
     check_step(plan, reader, start, start + 20)
     time.sleep(0.2)  # threads that have been asked for more note it meanwhile
     assert sorted(fetch.ranges) == first_batch
@@ -136,6 +138,29 @@ def test_a_first_batch_reads_its_samples_and_nothing_else(
         check_step(plan, reader, step, start + 20)
     reader.close()
     assert len(fetch.ranges) - len(first_batch) < 19 * plan.global_batch_size / 2, "the rest is read in blocks"
+
+
+def test_a_first_batch_reads_no_sample_of_another_process(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows of one lane belong to several, as with more loader workers than lanes."""
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 12 * CHUNK)
+    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 0)
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    assert plan.batch_per_lane == 4
+    read = []
+    for rows in (range(3), range(3, 6), range(6, 8)):
+        fetch = Recorder(manifest)
+        reader = LaneReader(manifest, manifest.split("train"), plan, fetch, rows)
+        blocks = reader.at(5, 6)
+        assert list(blocks) == sorted({row // 4 for row in rows})
+        for row in rows:
+            block = blocks[row // 4]
+            place = 5 * 4 - block.start + row % 4
+            assert block.ids[place] == plan.batch(0, 5)[row]
+            assert block.payload(place) == PAYLOADS[block.ids[place]]
+        reader.close()
+        assert len(fetch.ranges) == len(rows)
+        read += fetch.ranges
+    assert sorted(read) == ranges_of(manifest, plan, 5)
 
 
 def test_where_blocks_are_short_a_first_batch_is_read_in_blocks(manifest: Manifest) -> None:
@@ -149,7 +174,7 @@ def test_where_blocks_are_short_a_first_batch_is_read_in_blocks(manifest: Manife
 def test_buffers_are_used_again(manifest: Manifest) -> None:
     """A lane never needs more than those of the block at hand, the four that come next and one that is given back."""
     plan = Plan(manifest.shards, "train", 8, seed=1)
-    reader = LaneReader(manifest, manifest.split("train"), plan, Recorder(manifest), range(plan.lanes))
+    reader = LaneReader(manifest, manifest.split("train"), plan, Recorder(manifest), range(plan.global_batch_size))
     seen = {}
     for step in range(6 * plan.steps_per_epoch):
         for block in reader.at(step, 6 * plan.steps_per_epoch).values():
@@ -158,6 +183,23 @@ def test_buffers_are_used_again(manifest: Manifest) -> None:
     blocks = 6 * sum(plan.blocks_at(plan.steps_per_epoch - 1) + 1)
     assert blocks > 100
     assert len(seen) <= 6 * plan.lanes
+
+
+def test_a_long_block_s_buffer_is_not_kept_for_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thumbnails in most shards, photos in the last: what a block of thumbnails holds is about as long as it is."""
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 20_000)
+    samples = [Sample(f"{i:03d}", bytes(200 if i < 380 else 20_000), "jpg", "train") for i in range(400)]
+    manifest = write_shards(samples, str(tmp_path / "shards"), max_shard_bytes=60_000)
+    plan = Plan(manifest.shards, "train", 8, seed=1)
+    reader = LaneReader(manifest, manifest.split("train"), plan, LocalFetch(manifest), range(8))
+    longest = set()
+    for step in range(4 * plan.steps_per_epoch):
+        for block in reader.at(step, 4 * plan.steps_per_epoch).values():
+            used = max(block._ends) - min(block._starts)
+            longest.add(used)
+            assert len(block.buffer) <= max(plan.block_bytes * 5 // 4 + 1, used)
+    reader.close()
+    assert max(longest) > 3 * plan.block_bytes > 3 * min(longest)
 
 
 def test_a_hole_in_a_shard_is_not_read_beyond_a_block(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +253,7 @@ def test_one_read_that_fails_is_one_error(
     plan = Plan(manifest.shards, "train", 8, seed=1)
     end = 2 * plan.steps_per_epoch
     fetch = Recorder(manifest)
-    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.global_batch_size))
     failed = injected = 0
     for step in range(end):
         if step % 5 == 0:
@@ -237,7 +279,7 @@ def test_after_an_error_the_last_good_step_is_read_anew(
     monkeypatch.setattr(reader_module, "FETCH_THREADS", 1)
     plan = Plan(manifest.shards, "train", 8, seed=1)
     fetch = Recorder(manifest, delay_s=0.05)
-    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.lanes))
+    reader = LaneReader(manifest, manifest.split("train"), plan, fetch, range(plan.global_batch_size))
     check_step(plan, reader, 0, 1)
     last = plan.steps_per_epoch - 1
     fetch.reads_until_failure = failing
