@@ -26,6 +26,7 @@ from pipeline.storage import StorageError
 _BLOCK = 512
 _READ_BYTES = 8 * 2**20
 _MAX_META_BYTES = 2**20  # of a .json that is searched for a label
+_MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
 _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLIT_WORDS |= {"validation": "validation", "test": "test"}
@@ -130,6 +131,11 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
         if image is None:
             rows.without_image += 1
             continue
+        if image.size > _MAX_IMAGE_BYTES:
+            raise StorageError(
+                f"{manifest.shard_url(shard)}: {image.name} has {image.size} bytes, an image has at most "
+                f"{_MAX_IMAGE_BYTES}; is it one?"
+            )
         for column, value in zip(
             ("key", "offset", "length", "crc32", "label"),
             (key, image.offset, image.size, image.crc32, _label_of(members)),
@@ -206,6 +212,8 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
         if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156]):
             raise StorageError(f"{where}: the tar header at byte {at} is damaged (its checksum is wrong)")
         kind, size = header[156:157], _number(header[124:136])
+        if size < 0:
+            raise StorageError(f"{where}: the tar header at byte {at} is damaged (its size is {header[124:136]!r})")
         padded = -(-size // _BLOCK) * _BLOCK
         if padded > stream.left:
             raise StorageError(f"{where} ends inside the member at byte {at}: it is truncated")
@@ -219,9 +227,9 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
             stream.take(padded - size)
             long_name = ""
         elif kind == b"L":  # GNU: the next member's name
-            long_name = stream.take(padded)[:size].rstrip(b"\0").decode()
+            long_name = _until_nul(stream.take(padded)[:size])
         elif kind == b"x":  # pax: the next member's attributes
-            records = stream.take(padded)[:size].decode(errors="replace")
+            records = _text(stream.take(padded)[:size])
             if re.search(r"^\d+ size=", records, re.MULTILINE):
                 raise StorageError(f"{where}: the member after byte {at} is larger than 8 GiB, which is no image")
             path = re.search(r"^\d+ path=(.*)$", records, re.MULTILINE)
@@ -232,15 +240,25 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
 
 
 def _name(header: bytes) -> str:
-    name, prefix = header[:100].rstrip(b"\0").decode(), header[345:500].rstrip(b"\0").decode()
+    name, prefix = _until_nul(header[:100]), _until_nul(header[345:500])
     return f"{prefix}/{name}" if prefix and header[257:262] == b"ustar" and header[262:263] == b"\0" else name
 
 
+def _until_nul(field: bytes) -> str:
+    return _text(field.partition(b"\0")[0])
+
+
+def _text(field: bytes) -> str:
+    """UTF-8; bytes that are none, as of old archives in Latin-1, stay apart as "\\xe9"."""
+    return field.decode(errors="backslashreplace")
+
+
 def _number(digits: bytes) -> int:
+    """What a header's field says, read as Python's tarfile does; -1 if it is no number."""
     if digits[0] & 0x80:  # GNU: binary, for more than 8 GiB
         return int.from_bytes(digits[1:], "big")
-    text = digits.strip(b" \0")
-    return int(text, 8) if re.fullmatch(rb"[0-7]+", text) else -1
+    text = digits.partition(b"\0")[0].strip(b" ")
+    return int(text or b"0", 8) if re.fullmatch(rb"[0-7]*", text) else -1
 
 
 class _Stream:

@@ -129,6 +129,44 @@ def test_splits_from_names_train_first(tmp_path: Path) -> None:
     assert split_of("laion/00000.tar") == "train"
 
 
+def with_header(data: bytearray, at: int, field: slice, value: bytes) -> None:
+    """Another value in the header at a byte, and the checksum that goes with it."""
+    header = bytearray(data[at : at + 512])
+    header[field] = value.ljust(field.stop - field.start, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[at : at + 512] = header
+
+
+def test_headers_are_read_as_python_s_tarfile_reads_them(tmp_path: Path) -> None:
+    """What other tools leave behind a number, a number that is missing, a name in Latin-1."""
+    write_tar(tmp_path / "x.tar", [("a.jpg", image(0)), ("b.jpg", b""), ("c.jpg", image(2)), ("d.jpg", image(3))])
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        a, b, c, d = (member.offset for member in tar)
+    with_header(data, a, SIZE, b"%07o\0abc" % len(image(0)))
+    with_header(data, b, SIZE, b"")
+    with_header(data, c, SIZE, b"    %o " % len(image(2)))
+    with_header(data, d, slice(0, 100), b"caf\xe9.jpg")
+    (tmp_path / "x.tar").write_bytes(data)
+    manifest = index_shards(str(tmp_path)).manifest
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        assert manifest.samples.length.tolist() == [member.size for member in tar]
+        assert manifest.samples.offset.tolist() == [member.offset_data for member in tar]
+    assert Manifest.load(manifest.url).keys() == ["a", "b", "c", "caf\\xe9"]
+
+
+def test_an_image_of_2_gib_is_named(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.tiff")
+    info.size = 2**31
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(info.tobuf())
+        file.truncate(512 + 2**31 + 1024)  # zeros that take no place on the disk
+    with pytest.raises(StorageError, match=r"x\.tar: a\.tiff has 2147483648 bytes"):
+        index_shards(str(tmp_path))
+
+
+SIZE = slice(124, 136)
 DAMAGED = 4 * 1024 + 20  # in the fifth member's header
 
 
@@ -136,12 +174,24 @@ DAMAGED = 4 * 1024 + 20  # in the fifth member's header
     ("damage", "words"),
     [
         (lambda data: data.__setitem__(DAMAGED, data[DAMAGED] ^ 1), "tar header .* damaged"),
+        (lambda data: with_header(data, DAMAGED - 20, SIZE, b"1x"), "tar header at byte 4096 is damaged .*size.*1x"),
+        (lambda data: with_header(data, DAMAGED - 20, SIZE, b"-1"), "tar header at byte 4096 is damaged .*size.*-1"),
+        (lambda data: with_header(data, DAMAGED - 20, SIZE, b""), "tar header at byte 4608 is damaged"),
         (lambda data: data.__delitem__(slice(DAMAGED - 20, None)), "truncated"),
         (lambda data: data.__delitem__(slice(DAMAGED - 3, None)), "truncated"),
         (lambda data: data.__setitem__(slice(2048, 4096), bytes(2048)), "at byte 2048 ends .* byte 4096 is not zero"),
         (lambda data: data.extend(data), "at byte 6144 ends .* byte 10240 is not zero; .* a file of its own"),
     ],
-    ids=["flipped header", "cut at a header", "cut in a header", "a hole of zeros", "two tars in one"],
+    ids=[
+        "flipped header",
+        "no number",
+        "negative",
+        "no size",
+        "cut at a header",
+        "cut in a header",
+        "a hole of zeros",
+        "two tars in one",
+    ],
 )
 def test_a_damaged_or_cut_tar_is_an_error(tmp_path: Path, damage: object, words: str) -> None:
     write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"0" * 512) for i in range(6)])
