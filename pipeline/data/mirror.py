@@ -8,7 +8,9 @@ killed meanwhile; every sample is checked against the manifest's checksum after 
 import hashlib
 import os
 import random
+import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -76,6 +78,10 @@ class MirrorFetch:
                 os.utime(file.fileno())  # the oldest leave first
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise StorageError(
+                f"cannot read the mirror {self._folder}: {error}; is its disk whole, does the folder belong to this user?"
+            ) from error
         return complete
 
     def _read(self, shard: int, first: int, last: int, start: int, end: int, buffer: memoryview) -> None:
@@ -93,14 +99,16 @@ class MirrorFetch:
 
     def _keep(self, shard: int, chunk: int, data: memoryview) -> None:
         path = self._path(shard, chunk)
-        path.parent.mkdir(exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+        part = path.with_name(f".part-{secrets.token_hex(8)}")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(part).replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            part.replace(path)
+        except FileNotFoundError:
+            return  # deleted meanwhile: another process trims
         except OSError as error:
-            Path(part).unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise StorageError(f"cannot write to the mirror {self._folder}: {error}; is its disk full?") from error
         self._written += 1
         if self._written % _TRIM_EVERY == 0:

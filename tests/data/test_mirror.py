@@ -1,6 +1,8 @@
 """The local mirror: the second epoch needs no source, its size is bounded, and damage to it is healed."""
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,3 +124,50 @@ def test_readers_killed_at_any_moment_leave_a_mirror_that_works(manifest: Manife
 def test_a_folder_that_cannot_be_written_is_named(manifest: Manifest) -> None:
     with pytest.raises(StorageError, match="/proc/nowhere"):
         epoch(manifest, Path("/proc/nowhere"))
+
+
+def test_a_part_that_another_process_trims_away_is_not_kept(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "m"
+    expected = epoch(manifest, None)
+    other = MirrorFetch(manifest, LocalFetch(manifest), MirrorConfig(folder=str(folder), max_gib=1e-9))
+    replace, trims = Path.replace, []
+
+    def late(part: Path, target: Path) -> Path:
+        other._trim()
+        trims.append(part)
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    assert all(map(torch.equal, epoch(manifest, folder), expected))
+    assert trims
+    assert files(folder) == []
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_made_again(manifest: Manifest, tmp_path: Path) -> None:
+    mirror = MirrorFetch(manifest, LocalFetch(manifest), MirrorConfig(folder=str(tmp_path / "m")))
+    first = read_range(mirror, 0, 0, 100)
+    shutil.rmtree(tmp_path / "m")
+    assert read_range(mirror, 0, 0, 100) == first
+    assert len(files(tmp_path / "m")) == 1
+
+
+def test_a_disk_that_takes_or_gives_no_more_is_named(manifest: Manifest, tmp_path: Path) -> None:
+    """A file's size is limited instead of the disk's; a folder lies where a chunk should."""
+    folder = tmp_path / "m"
+    mirror = MirrorFetch(manifest, LocalFetch(manifest), MirrorConfig(folder=str(folder)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=f"cannot write to the mirror {folder}: .*too large"):
+            read_range(mirror, 0, 0, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(folder) == [], "nothing is left of it"
+    read_range(mirror, 0, 0, 100)
+    (chunk,) = files(folder)
+    chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(StorageError, match=f"cannot read the mirror {folder}: .*Is a directory"):
+        read_range(mirror, 0, 0, 100)
