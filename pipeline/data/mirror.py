@@ -80,7 +80,7 @@ class MirrorFetch:
             return False
         except OSError as error:
             raise StorageError(
-                f"cannot read the mirror {self._folder}: {error}; is its disk whole, does the folder belong to this user?"
+                f"cannot read the mirror {self._folder}: {error}; is its disk whole, is the folder another user's?"
             ) from error
         return complete
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Shards
 
 MAX_LANES = 64  # more ranks x loader workers than lanes read some bytes more than once
-# Per lane and block: 64 lanes hold 2 GiB in all, over all ranks, and 0.8 GiB of what comes next: a quarter of the lanes
-# read ahead, and reads end with whole chunks (pipeline/data/reader.py). From SeaweedFS 8 MiB cost 1.2x the CPU on both
-# sides, 2 MiB twice.
+# Per lane and block, at the split's mean size of a sample: 64 lanes hold 2 GiB in all, over all ranks, and 0.8 GiB of
+# what comes next: a quarter of the lanes read ahead, and reads end with whole chunks (pipeline/data/reader.py). From
+# SeaweedFS 8 MiB cost 1.2x the CPU on both sides, 2 MiB twice.
 BLOCK_BYTES = 32 * 2**20
 
 # Words 2 and 3 of Philox's 256-bit counter: streams that must never meet.
