@@ -11,13 +11,23 @@ import struct
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 MAX_PIXELS = 100_000_000  # a 100-megapixel camera; 300 MB once decoded
 
 _REDUCED = {1: cv2.IMREAD_COLOR_RGB, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4}
 _REDUCED[8] = cv2.IMREAD_REDUCED_COLOR_8
+_PIL_FORMATS = ("JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # for EPS it would start a program
+_UPRIGHT = {  # what undoes an orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers of a JPEG
 
 
@@ -63,16 +73,26 @@ def _header(data: bytes | memoryview) -> tuple[int, int, str]:
         return _jpeg_header(bytes(data))
     if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) >= 24:
         width, height = struct.unpack(">II", head[16:24])
-        if bytes(data[-256:]).rfind(b"IEND") < 0:
-            raise UndecodableError("PNG without its end: truncated")
+        _check_png_chunks(data)
         return height, width, "png"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_PIL_FORMATS) as image:
             return image.height, image.width, "pil"
     except UnidentifiedImageError as error:
         raise UndecodableError(f"no image format that is known here: begins with {head[:8]!r}") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what PIL's readers raise at damage is anything
         raise UndecodableError(f"unreadable header: {error}") from error
+
+
+def _check_png_chunks(data: bytes | memoryview) -> None:
+    """Of whatever length a chunk claims to be, OpenCV takes that much memory first: up to 4 GiB."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        position += length + 12
+        if kind == b"IEND" and position <= len(data):
+            return
+    raise UndecodableError("PNG without its end: truncated, or a chunk's length is damaged")
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str]:
@@ -97,16 +117,28 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str]:
 
 def _decode_pil(data: bytes | memoryview) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                # PIL would clip these at 255, to white. A TIFF may have 12 bits; PIL scales a PGM's to 16
-                bits = int(image.tag_v2[BITSPERSAMPLE][0]) if isinstance(image, TiffImageFile) else 16
-                return (np.asarray(upright)[..., None] >> (bits - 8)).astype(np.uint8).repeat(3, axis=2)
-            if image.mode in ("I", "F"):
+        with Image.open(io.BytesIO(data), formats=_PIL_FORMATS) as image:
+            if image.mode in ("I", "F") and image.format != "PPM":
                 raise UndecodableError(
                     f"numbers of unknown range (PIL's mode {image.mode}); gray files of 8 or 16 unsigned bits work"
                 )
+            image.load()  # which turns a TIFF upright and says so in its EXIF
+            turn = _UPRIGHT.get(_orientation(image))
+            upright = image if turn is None else image.transpose(turn)
+            if image.mode.startswith("I"):
+                # PIL would clip these at 255, to white. A TIFF may have 12 bits; PIL scales a PGM's to 16
+                bits = int(image.tag_v2[BITSPERSAMPLE][0]) if isinstance(image, TiffImageFile) else 16
+                return (np.asarray(upright)[..., None] >> (bits - 8)).astype(np.uint8).repeat(3, axis=2)
             return np.asarray(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UndecodableError:
+        raise
+    except Exception as error:  # what PIL's readers raise at damage is anything
         raise UndecodableError(f"damaged image: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 (upright) where it cannot be read: as OpenCV has it."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  what PIL's readers raise at damage is anything
+        return 1

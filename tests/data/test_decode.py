@@ -1,6 +1,7 @@
 """What image sets really hold: PIL is the oracle, and what cannot be used is refused with the reason."""
 
 import io
+import resource
 import struct
 import zlib
 
@@ -28,10 +29,10 @@ def oracle(data: bytes) -> NDArray[np.uint8]:
 RGB = Image.fromarray(photo(60, 80))
 
 
-def with_orientation(orientation: int) -> bytes:
+def with_orientation(orientation: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(RGB, "JPEG", quality=95, exif=exif)
+    return encoded(RGB.convert(mode), kind, quality=95, exif=exif)
 
 
 FILES = {
@@ -51,6 +52,9 @@ FILES = {
     "1 x 1 png": encoded(RGB.resize((1, 1)), "PNG"),
     "1 x 1 jpeg": encoded(RGB.resize((1, 1)), "JPEG"),
     **{f"exif orientation {n}": with_orientation(n) for n in range(1, 9)},
+    **{f"{kind} of orientation {n}": with_orientation(n, kind) for kind in ("WEBP", "TIFF") for n in range(1, 9)},
+    **{f"cmyk of orientation {n}": with_orientation(n, mode="CMYK") for n in range(1, 9)},
+    "png with more behind its end": encoded(RGB, "PNG") + bytes(300),
 }
 
 
@@ -126,6 +130,54 @@ def lying_jpeg() -> bytes:
 def test_what_cannot_be_used_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(UndecodableError, match=reason):
         decode(data)
+
+
+def test_exif_that_makes_no_sense_is_passed_over() -> None:
+    """Its orientation still counts. PIL's own exif_transpose fails at such a width, which is a text."""
+    width = struct.pack(">HHII", 0x100, 2, 6, 38)
+    tiff = b"MM\0*\0\0\0\x08\0\x02" + width + struct.pack(">HHIHH", 0x112, 3, 1, 6, 0) + bytes(4) + b"hello\0"
+    data = encoded(RGB.convert("CMYK"), "JPEG", quality=95, exif=b"Exif\0\0" + tiff)
+    with pytest.raises(struct.error):
+        oracle(data)
+    assert (decode(data) == decode(with_orientation(6, mode="CMYK"))).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of TIFFs
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "cmyk", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
+def test_damage_anywhere_is_never_another_error(kind: str) -> None:
+    """Bytes changed and ends cut at random: it decodes, or it is undecodable, for a stated reason."""
+    small = RGB.resize((24, 18)).convert({"cmyk": "CMYK", "GIF": "P"}.get(kind, "RGB"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind in ("GIF", "BMP", "PPM", "JPEG2000") else {"exif": exif}
+    data = encoded(small, {"cmyk": "JPEG"}.get(kind, kind), **options)
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(1500):
+        damaged = bytearray(data)
+        for place in random.integers(0, min(len(data), 300), random.integers(1, 4)):
+            damaged[place] = random.choice([0, 255, *random.integers(0, 256, 2)])
+        try:
+            pixels = decode(bytes(damaged[: len(data) if random.random() < 0.8 else random.integers(1, len(data))]))
+            assert pixels.ndim == 3
+        except UndecodableError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("data", [b"P5\n16 \xff24\n255\n", b"P6", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(8)])
+def test_headers_that_pil_s_readers_choke_on_are_undecodable(data: bytes) -> None:
+    with pytest.raises(UndecodableError):
+        decode(data)
+
+
+@pytest.mark.parametrize("length", [0x7FFFFFFF, 0xFFFFFFFF])
+def test_a_png_chunk_that_claims_gigabytes_is_refused_before_they_are_taken(length: int) -> None:
+    data = bytearray(png(photo(8, 8)))
+    data[33:37] = struct.pack(">I", length)  # of what follows IHDR
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UndecodableError, match="a chunk's length is damaged"):
+        decode(bytes(data))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"
 
 
 def test_a_damaged_png_is_refused() -> None:
