@@ -12,8 +12,8 @@ from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, uniform_rows
-from pipeline.data.randaugment import Pixels
 from pipeline.data.reader import Block, LaneReader, Singles
+from pipeline.data.resize import Pixels
 from pipeline.data.views import View
 from pipeline.errors import DeterministicError
 

@@ -1,14 +1,11 @@
 """Colour jitter, gray, blur and solarisation of one view, in place: torchvision's arithmetic, compiled.
 
 A view is (3, S, S) uint8 here, a plane per channel: so the compiler takes 16 pixels at a time, at 1.6x (contrast) to 5x
-(hue) the speed of the same by OpenCV's calls. Numba compiles for the processor it finds, once on a machine (1 s, kept
-in ``__pycache__`` or in the user's cache). As in torchvision all is float32 and truncated, and nothing is reordered or
-fused: the levels are torchvision's own.
+(hue) the speed of the same by OpenCV's calls. As in torchvision all is float32 and truncated, and nothing is reordered
+or fused: the levels are torchvision's own.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -17,23 +14,12 @@ import numpy as np
 from numba import float32, int32, uint8, uint32
 from numpy.typing import NDArray
 
+from pipeline.data.compiled import compiled
+
 Planes = NDArray[np.uint8]  # (3, S, S), contiguous
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, rounded as torchvision's
 HUE_SCALE = 255.999 / 255  # torchvision goes from [0, 1] back to uint8 so, truncating
-
-
-def _compiled(*arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """For these types and no others, when the module is imported."""
-
-    def compiled(function: Callable[..., None]) -> Callable[..., None]:
-        compiler = functools.partial(numba.njit, f"void({', '.join(arguments)})", nogil=True, error_model="numpy")
-        try:
-            return compiler(cache=True)(function)
-        except RuntimeError:  # neither this folder nor the home can be written to: every process compiles for itself
-            return compiler()(function)
-
-    return compiled
 
 
 @numba.njit
@@ -48,7 +34,7 @@ def _luma(r: Any, g: Any, b: Any) -> Any:
     return int32(float32(LUMA[0]) * float32(r) + float32(LUMA[1]) * float32(g) + float32(LUMA[2]) * float32(b))
 
 
-@_compiled("uint8[:, :, ::1]", "float32")
+@compiled("uint8[:, :, ::1]", "float32")
 def adjust_brightness(planes: Planes, factor: float) -> None:
     """``factor`` x, clipped."""
     x = planes.reshape(-1)
@@ -56,7 +42,7 @@ def adjust_brightness(planes: Planes, factor: float) -> None:
         x[i] = _level(float32(x[i]) * factor)
 
 
-@_compiled("uint8[:, :, ::1]", "float64")
+@compiled("uint8[:, :, ::1]", "float64")
 def adjust_contrast(planes: Planes, factor: float) -> None:
     """Away from (or towards) the mean of the gray image."""
     r, g, b = planes.reshape(3, -1)
@@ -69,7 +55,7 @@ def adjust_contrast(planes: Planes, factor: float) -> None:
         x[i] = _level(share * float32(x[i]) + offset)
 
 
-@_compiled("uint8[:, :, ::1]", "float64")
+@compiled("uint8[:, :, ::1]", "float64")
 def adjust_saturation(planes: Planes, factor: float) -> None:
     """Away from (or towards) the gray image."""
     r, g, b = planes.reshape(3, -1)
@@ -81,7 +67,7 @@ def adjust_saturation(planes: Planes, factor: float) -> None:
         b[i] = _level(share * float32(b[i]) + gray)
 
 
-@_compiled("uint8[:, :, ::1]")
+@compiled("uint8[:, :, ::1]")
 def to_gray(planes: Planes) -> None:
     """Three equal planes."""
     r, g, b = planes.reshape(3, -1)
@@ -100,7 +86,7 @@ def _turned(low: Any, chroma: Any, above: Any) -> Any:
     return uint8(int32(float32(HUE_SCALE) * (low + min(max(above, float32(0)), chroma))))
 
 
-@_compiled("uint8[:, :, ::1]", "int32", "float32")
+@compiled("uint8[:, :, ::1]", "int32", "float32")
 def _turn_hue(planes: Planes, sextants: int, share: float) -> None:
     """Turn the hue by whole ``sextants`` and a ``share`` of one; no HSV, so nothing is divided.
 

@@ -33,15 +33,15 @@ from pipeline.data.assemble import (
     Rows,
     list_of,
 )
-from pipeline.data.augment import Augmenter, resize, write_planes
+from pipeline.data.augment import Augmenter, write_planes
 from pipeline.data.batch import Batch
 from pipeline.data.decode import UndecodableError, decode
 from pipeline.data.fetch import open_fetch
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, Run, uniform_rows
-from pipeline.data.randaugment import Pixels
 from pipeline.data.reader import SampleReader
+from pipeline.data.resize import Pixels, resized_crop
 from pipeline.data.shared import Layout, allocate, attach
 from pipeline.data.views import View
 from pipeline.data.worker import Done, Job, Order
@@ -396,7 +396,7 @@ def centre_crop(image: Pixels, size: int) -> Pixels:
     """
     shorter, target = min(image.shape[:2]), shorter_side(size)
     height, width = (max(round(side * target / shorter), size) for side in image.shape[:2])
-    resized = resize(image, height, width)
+    resized = resized_crop(image, 0, 0, image.shape[0], image.shape[1], (height, width))
     top, left = (height - size) // 2, (width - size) // 2
     return resized[top : top + size, left : left + size]
 

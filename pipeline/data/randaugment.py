@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.colour import LUMA
+from pipeline.data.resize import Pixels
 from pipeline.data.views import MAGNITUDES
-
-Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
 _LUMA = np.tile(np.array(LUMA, np.float32), (3, 1))
 _LEVELS = np.arange(256)

@@ -19,7 +19,7 @@ class View(BaseModel):
     Multi-crop is two entries: ``[{count: 2}, {count: 6, size: 96, crop_scale: [0.05, 0.14]}]``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     count: int = Field(default=1, ge=1)
     size: int | None = Field(default=None, ge=8)  # pixels; None = model.image_size
