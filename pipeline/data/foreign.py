@@ -1,8 +1,9 @@
 """Manifests for tars that other tools wrote (webdataset, img2dataset), by one walk over their bytes.
 
 Python's tarfile ends quietly at a damaged header and at a cut between two members (cpython#120740). This walk checks
-every header's checksum and the end of the archive: what is not whole is an error, never fewer samples. A walk that was
-killed goes on where it stopped.
+every header's checksum and the end of the archive: what is not whole is an error, never fewer samples, and so is an
+image that is a link or sparse: a manifest's images lie in a shard one behind the other. A walk that was killed goes on
+where it stopped.
 """
 
 import json
@@ -30,6 +31,14 @@ _MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
 _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLIT_WORDS |= {"validation": "validation", "test": "test"}
+_META_ENDINGS = (".cls", ".json")
+_SAMPLE_ENDINGS = (*_META_ENDINGS, *(f".{extension}" for extension in IMAGE_EXTENSIONS))
+_AGAIN_WITHOUT_LINKS = "pack it again with `tar --dereference --hard-dereference`"
+_INDIRECT = {  # types of members whose bytes do not lie behind their header as they are
+    b"1": ("a hard link", _AGAIN_WITHOUT_LINKS),
+    b"2": ("a symbolic link", _AGAIN_WITHOUT_LINKS),
+    b"S": ("sparse", "pack it again without `--sparse`"),
+}
 
 
 @dataclass(frozen=True)
@@ -123,9 +132,10 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     name = manifest.shards.name[shard]
     rows = ShardRows(name, split_of(name), int(manifest.shards.size[shard]))
     seen: set[str] = set()
-    for key, members in _groups(walk_tar(manifest, fetch, shard)):
+    where = manifest.shard_url(shard)
+    for key, members in _groups(walk_tar(manifest, fetch, shard), where):
         if key in seen:
-            raise StorageError(f"{manifest.shard_url(shard)}: the key {key!r} comes at two places; sort the archive")
+            raise StorageError(f"{where}: the key {key!r} comes at two places; sort the archive")
         seen.add(key)
         image = _image_of(members)
         if image is None:
@@ -133,8 +143,7 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
             continue
         if image.size > _MAX_IMAGE_BYTES:
             raise StorageError(
-                f"{manifest.shard_url(shard)}: {image.name} has {image.size} bytes, an image has at most "
-                f"{_MAX_IMAGE_BYTES}; is it one?"
+                f"{where}: {image.name} has {image.size} bytes, an image has at most {_MAX_IMAGE_BYTES}; is it one?"
             )
         for column, value in zip(
             ("key", "offset", "length", "crc32", "label"),
@@ -145,20 +154,25 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     return rows
 
 
-def _groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbours with the same key: (key, extension -> member)."""
+def _groups(members: Iterator[Member], where: str) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Neighbours with the same key: (key, extension -> member). StorageError if two have the same extension, too."""
     current, group = "", dict[str, Member]()
     for member in members:
         path = PurePosixPath(member.name)
         stem, _, extension = path.name.partition(".")
-        key = str(path.with_name(stem)) if stem else ""
+        key, extension = str(path.with_name(stem)) if stem else "", extension.lower()
         if not key or not extension:
             continue  # hidden files, and what has no extension
         if key != current and group:
             yield current, group
             group = {}
+        if extension in group:
+            raise StorageError(
+                f"{where}: {group[extension].name!r} and {member.name!r} have the same key and extension, one would be "
+                "lost; give each sample a name of its own"
+            )
         current = key
-        group[extension.lower()] = member
+        group[extension] = member
     if group:
         yield current, group
 
@@ -195,8 +209,8 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
     the first, would be lost to every reader of tars.
     """
     where = manifest.shard_url(shard)
-    stream = _Stream(fetch, shard, int(manifest.shards.size[shard]))
-    long_name = ""
+    stream = _Stream(fetch, shard, int(manifest.shards.size[shard]), where)
+    attributes: dict[str, str] = {}  # pax: of the next member
     while True:
         at = stream.position
         if stream.left < _BLOCK:
@@ -214,29 +228,51 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
         kind, size = header[156:157], _number(header[124:136])
         if size < 0:
             raise StorageError(f"{where}: the tar header at byte {at} is damaged (its size is {header[124:136]!r})")
-        padded = -(-size // _BLOCK) * _BLOCK
-        if padded > stream.left:
-            raise StorageError(f"{where} ends inside the member at byte {at}: it is truncated")
-        name = long_name or _name(header)
-        if kind in (b"0", b"\0", b"7"):
-            wanted = name.endswith((".cls", ".json")) and size <= _MAX_META_BYTES
+        if kind in (b"L", b"x", b"X"):  # GNU's long name, pax attributes: of the next member
+            data = stream.take(size)
+            records = {"path": _until_nul(data)} if kind == b"L" else _pax_records(data)
+            if records is None:
+                raise StorageError(f"{where}: the pax records behind the tar header at byte {at} are damaged")
+            attributes |= records
+            stream.checksum(-size % _BLOCK)
+            continue
+        if kind in (b"K", b"g"):  # the target of the next link, attributes of all members
+            stream.checksum(size + -size % _BLOCK)
+            continue
+        name = attributes.get("GNU.sparse.name") or attributes.get("path") or _name(header)
+        size = int(attributes.get("size", size))
+        form = b"S" if any(record.startswith("GNU.sparse.") for record in attributes) else kind
+        attributes = {}
+        if form in _INDIRECT and name.lower().endswith(_SAMPLE_ENDINGS):
+            what, remedy = _INDIRECT[form]
+            raise StorageError(f"{where}: {name} is {what}, so its bytes do not lie there as they are; {remedy}")
+        if form in (b"0", b"\0", b"7"):
+            wanted = name.lower().endswith(_META_ENDINGS) and size <= _MAX_META_BYTES
             offset = stream.position
             data = stream.take(size) if wanted else b""
             checksum = crc32(data) if wanted else stream.checksum(size)
             yield Member(name, offset, size, checksum, data)
-            stream.take(padded - size)
-            long_name = ""
-        elif kind == b"L":  # GNU: the next member's name
-            long_name = _until_nul(stream.take(padded)[:size])
-        elif kind == b"x":  # pax: the next member's attributes
-            records = _text(stream.take(padded)[:size])
-            if re.search(r"^\d+ size=", records, re.MULTILINE):
-                raise StorageError(f"{where}: the member after byte {at} is larger than 8 GiB, which is no image")
-            path = re.search(r"^\d+ path=(.*)$", records, re.MULTILINE)
-            long_name = path[1] if path else ""
-        else:  # directories, links, global attributes
-            stream.checksum(padded)
-            long_name = ""
+            stream.checksum(-size % _BLOCK)
+        elif form not in (b"1", b"2", b"3", b"4", b"5", b"6"):  # what these say of a size is not to be believed
+            more = kind == b"S" and header[482]  # the list of its parts goes on in blocks that the size does not count
+            while more:
+                more = stream.take(_BLOCK)[504]
+            stream.checksum(size + -size % _BLOCK)
+
+
+def _pax_records(data: bytes) -> dict[str, str] | None:
+    """``<length> <key>=<value>\\n`` each, whose length in bytes is the whole record's; None if they are damaged."""
+    records, at = dict[str, str](), 0
+    while data[at : at + 1].strip(b"\0"):
+        length = re.compile(rb"([1-9][0-9]{0,8}) ").match(data, at)
+        if not length:
+            return None
+        end = at + int(length[1])
+        key, equals, value = data[length.end() : end - 1].partition(b"=")
+        if not equals or data[end - 1 : end] != b"\n":
+            return None
+        records[_text(key)], at = _text(value), end
+    return records if re.fullmatch(r"[0-9]{1,18}", records.get("size", "0")) else None
 
 
 def _name(header: bytes) -> str:
@@ -264,8 +300,8 @@ def _number(digits: bytes) -> int:
 class _Stream:
     """A shard from front to back, a few MiB at a time."""
 
-    def __init__(self, fetch: Fetch, shard: int, size: int) -> None:
-        self._fetch, self._shard, self._size = fetch, shard, size
+    def __init__(self, fetch: Fetch, shard: int, size: int, where: str) -> None:
+        self._fetch, self._shard, self._size, self._where = fetch, shard, size, where
         self._chunk = memoryview(b"")
         self._chunk_start = 0
         self.position = 0
@@ -293,6 +329,8 @@ class _Stream:
         return None
 
     def _parts(self, count: int) -> Iterator[memoryview]:
+        if count > self.left:
+            raise StorageError(f"{self._where} ends inside the member at byte {self.position}: it is truncated")
         while count:
             at = self.position - self._chunk_start
             if at >= len(self._chunk):
