@@ -8,6 +8,7 @@ where it stopped.
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _BLOCK = 512
 _READ_BYTES = 8 * 2**20
 _MAX_META_BYTES = 2**20  # of a .json that is searched for a label
 _MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
+_LABEL = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")  # 18 digits: an int64
 _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLIT_WORDS |= {"validation": "validation", "test": "test"}
@@ -58,6 +60,8 @@ class Indexed:
 
     manifest: Manifest
     without_image: int  # groups of members that hold no image
+    bad_labels: int  # samples without a label because what is there is none
+    bad_label: str  # one of these
 
 
 def index_shards(
@@ -68,9 +72,10 @@ def index_shards(
     Shards that an earlier attempt has walked, and that have not changed since (in size or ETag, locally in size or
     time), are not walked again. ``on_progress`` gets the bytes that are done and all bytes, after each shard.
 
-    The split is the first of train, val(idation), test in a shard's name, or "train". A sample's label is in its
-    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none; what does not
-    number classes, e.g. keys of a database, names them (``sources.number_labels``).
+    A shard that a manifest lists already keeps its split. Else it is the first of train, val(idation), test in its
+    name, or "train". A sample's label is in its ``.cls``, or in a field "label", "cls", "class" or "class_id" of its
+    ``.json``, or there is none. Labels below the count of the class names of a manifest that is there already keep
+    these; otherwise what does not number classes, e.g. keys of a database, names them (``sources.number_labels``).
     StorageError where there are no tars, or one is damaged, truncated, or has a key at two places.
     """
     url = storage.resolve(url)
@@ -79,12 +84,15 @@ def index_shards(
     tars = {name: file for name, file in files.items() if name.endswith(".tar")}
     if not tars:
         raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
-    names = sorted(tars, key=lambda name: (_split_rank(split_of(name)), name))
+    known = _known(url)
+    splits = dict(zip(known.shards.name, known.shards.split, strict=True)) if known else {}
+    splits = {name: splits.get(name) or split_of(name) for name in tars}
+    names = sorted(tars, key=lambda name: (_split_rank(splits[name]), name))
     sizes = [tars[name].size for name in names]
     total = sum(sizes)
     table = {
         "name": names,
-        "split": ["train"] * len(names),
+        "split": [splits[name] for name in names],
         "size": sizes,
         "count": [0] * len(names),
     }
@@ -92,7 +100,7 @@ def index_shards(
     fetch = open_fetch(empty)
 
     def index(shard: int) -> ShardRows:
-        version = fingerprint([names[shard], sizes[shard], tars[names[shard]].version])
+        version = fingerprint([names[shard], splits[names[shard]], sizes[shard], tars[names[shard]].version])
         rows = receipts.find(names[shard], version)
         if rows is None:
             rows = _index_shard(empty, fetch, shard)
@@ -108,12 +116,28 @@ def index_shards(
     shards = [rows for rows in walked if rows.columns["key"]]
     if not shards:
         raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
-    class_names, numbers = number_labels(label for rows in shards for label in rows.columns["label"])
+    labels = {label for rows in shards for label in rows.columns["label"]}
+    class_names, numbers = number_labels(labels)
+    if known and max(labels) < len(known.class_names):
+        class_names, numbers = known.class_names, {label: label for label in labels}
     for rows in shards:
         rows.columns["label"] = [numbers[label] for label in rows.columns["label"]]
     manifest = commit_manifest(url, class_names, shards)
     receipts.clear()
-    return Indexed(manifest, sum(rows.without_image for rows in walked))
+    return Indexed(
+        manifest,
+        sum(rows.without_image for rows in walked),
+        sum(rows.bad_labels for rows in walked),
+        next((rows.bad_label for rows in walked if rows.bad_labels), ""),
+    )
+
+
+def _known(url: str) -> Manifest | None:
+    """The manifest that lies there, if it can be read: the splits that were held out, and names, are nowhere else."""
+    try:
+        return Manifest.load(url)
+    except StorageError:
+        return None
 
 
 def split_of(name: str) -> str:
@@ -130,7 +154,7 @@ def _split_rank(split: str) -> tuple[int, str]:
 
 def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     name = manifest.shards.name[shard]
-    rows = ShardRows(name, split_of(name), int(manifest.shards.size[shard]))
+    rows = ShardRows(name, manifest.shards.split[shard], int(manifest.shards.size[shard]))
     seen: set[str] = set()
     where = manifest.shard_url(shard)
     for key, members in _groups(walk_tar(manifest, fetch, shard), where):
@@ -145,9 +169,13 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
             raise StorageError(
                 f"{where}: {image.name} has {image.size} bytes, an image has at most {_MAX_IMAGE_BYTES}; is it one?"
             )
+        label, bad_label = label_of(members)
+        if bad_label:
+            rows.bad_labels += 1
+            rows.bad_label = bad_label
         for column, value in zip(
             ("key", "offset", "length", "crc32", "label"),
-            (key, image.offset, image.size, image.crc32, _label_of(members)),
+            (key, image.offset, image.size, image.crc32, label),
             strict=True,
         ):
             rows.columns[column].append(value)
@@ -185,21 +213,34 @@ def _image_of(members: dict[str, Member]) -> Member | None:
     return members[min(images, key=lambda e: (e.count("."), IMAGE_EXTENSIONS.index(e.rpartition(".")[2])))]
 
 
-def _label_of(members: dict[str, Member]) -> int:
-    if "cls" in members:
-        text = members["cls"].data.decode(errors="replace").strip()
-        if text.lstrip("-").isdigit():
-            return max(int(text), -1)
-    if "json" in members:
-        try:
-            fields = json.loads(members["json"].data)
-        except ValueError:
-            return -1
-        if isinstance(fields, dict):
-            for name in _LABEL_FIELDS:
-                if isinstance(fields.get(name), int) and not isinstance(fields[name], bool):
-                    return max(int(fields[name]), -1)
-    return -1
+def label_of(members: dict[str, Member]) -> tuple[int, str]:
+    """A sample's label, -1 if it has none; and, where there is but what is none, that."""
+    bad = ""
+    for name, value in _label_values(members):
+        if match := _LABEL.fullmatch(str(value).strip()) if isinstance(value, str | int | float) else None:
+            return max(int(match[1]), -1), ""
+        bad = bad or f"{name}: {reprlib.repr(value)}"
+    return -1, bad
+
+
+def _label_values(members: dict[str, Member]) -> Iterator[tuple[str, object]]:
+    """What may be a sample's label, best first: (where it is from, value)."""
+    for extension in ("cls", "json"):
+        if (member := members.get(extension)) is None:
+            continue
+        if member.size > _MAX_META_BYTES:
+            yield member.name, f"{member.size} bytes"
+        elif extension == "cls":
+            yield member.name, _text(member.data).strip()
+        else:
+            try:
+                fields = json.loads(member.data)
+            except (ValueError, RecursionError):
+                yield member.name, _text(member.data)
+                continue
+            if isinstance(fields, dict):
+                present = (field for field in _LABEL_FIELDS if fields.get(field) is not None)
+                yield from ((f"{member.name}, {field}", fields[field]) for field in present)
 
 
 def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:

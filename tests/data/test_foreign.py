@@ -17,6 +17,7 @@ import torch
 import webdataset
 
 from jobs import index as job
+from jobs import write_shards as write_job
 from pipeline import storage
 from pipeline.data.fetch import Fetch
 from pipeline.data.foreign import Member, index_shards, split_of, walk_tar
@@ -118,6 +119,86 @@ def test_our_own_shards_index_to_the_same_manifest(tmp_path: Path) -> None:
     assert indexed.samples.offset.tolist() == written.samples.offset.tolist()
     assert indexed.samples.crc32.tolist() == written.samples.crc32.tolist()
     assert indexed.samples.label.tolist() == written.samples.label.tolist()
+
+
+def test_again_a_set_keeps_what_only_its_manifest_tells(tmp_path: Path) -> None:
+    """The splits that were held out and the names of the classes."""
+    for i in range(40):
+        file = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(photo(9, 9, seed=i)))
+    url = str(tmp_path / "shards")
+    shares = ["--validation-share", "0.2", "--hold-out", "selection=0.2"]
+    assert write_job.main([f"folder:{tmp_path / 'images'}", url, *shares]) == 0
+    written = Manifest.load(url)
+    assert set(written.splits) == {"train", "validation", "selection"}
+    again = index_shards(url).manifest
+    assert again.digest == written.digest
+    assert again.class_names == ("cat", "dog")
+
+    write_tar(tmp_path / "shards/val-new.tar", [("new.png", image(0)), ("new.cls", b"1")])
+    grown = index_shards(url).manifest
+    assert grown.class_names == ("cat", "dog")
+    assert grown.split("validation").num_samples == written.split("validation").num_samples + 1
+    assert grown.split("selection").num_samples == written.split("selection").num_samples
+    write_tar(tmp_path / "shards/val-new.tar", [("new.png", image(0)), ("new.cls", b"2")])
+    assert index_shards(url).manifest.class_names == ("0", "1", "2")
+    (tmp_path / "shards/manifest.json").write_text("{")
+    assert set(index_shards(url).manifest.splits) == {"train", "validation"}, "by the names of the shards"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "label"),
+    [
+        ("a.CLS", b"7", 7),
+        ("a.cls", b"+3\n", 3),
+        ("a.cls", b"3.0", 3),
+        ("a.cls", b"-5", -1),
+        ("a.JSON", b'{"label": 7}', 7),
+        ("a.json", b'{"label": "7"}', 7),
+        ("a.json", b'{"label": 7.0}', 7),
+        ("a.json", b'{"label": "a cat", "class_id": 4}', 4),
+        ("a.json", b'{"caption": "a cat", "label": null}', -1),
+    ],
+)
+def test_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, label: int) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", image(0)), (name, data)])
+    assert job.main([str(tmp_path)]) == 0
+    assert Manifest.load(str(tmp_path)).samples.label.tolist() == [label]
+    assert "have no label" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.cls", b"cat", "a.cls: 'cat'"),
+        ("a.cls", "²".encode(), "a.cls: '²'"),
+        ("a.cls", b"--5", "a.cls: '--5'"),
+        ("a.cls", b"3.5", "a.cls: '3.5'"),
+        ("a.cls", b"9" * 5000, "a.cls: '999999999999...9999999999999'"),
+        ("a.cls", b"", "a.cls: ''"),
+        ("a.json", b"[" * 100_000, "a.json: '[[[["),
+        ("a.json", b'{"label": ' + b"9" * 5000 + b"}", "a.json: '{"),
+        ("a.json", b'{"label": 7.5}', "a.json, label: 7.5"),
+        ("a.json", b'{"cls": true}', "a.json, cls: True"),
+        ("a.json", b'{"label": ["cat"]}', "a.json, label: ['cat']"),
+        ("a.json", b"{" + b" " * 2**20 + b"}", "a.json: '1048578 bytes'"),
+    ],
+)
+def test_what_is_no_label_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, words: str
+) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", image(0)), (name, data), ("b.png", image(1)), ("b.cls", b"2")])
+    assert job.main([str(tmp_path)]) == 0
+    assert Manifest.load(str(tmp_path)).samples.label.tolist() == [-1, 2]
+    assert f"1 samples have no label, as theirs is not the number of a class, e.g. {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "x"])
+def test_the_job_refuses_no_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        job.main([str(tmp_path), f"--threads={threads}"])
+    assert f"{threads!r} is no number of threads; it is at least 1" in capsys.readouterr().err
 
 
 def test_splits_from_names_train_first(tmp_path: Path) -> None:
