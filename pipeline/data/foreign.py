@@ -157,7 +157,7 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     rows = ShardRows(name, manifest.shards.split[shard], int(manifest.shards.size[shard]))
     seen: set[str] = set()
     where = manifest.shard_url(shard)
-    for key, members in _groups(walk_tar(manifest, fetch, shard), where):
+    for key, members in groups(walk_tar(manifest, fetch, shard), where):
         if key in seen:
             raise StorageError(f"{where}: the key {key!r} comes at two places; sort the archive")
         seen.add(key)
@@ -182,15 +182,15 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     return rows
 
 
-def _groups(members: Iterator[Member], where: str) -> Iterator[tuple[str, dict[str, Member]]]:
+def groups(members: Iterator[Member], where: str) -> Iterator[tuple[str, dict[str, Member]]]:
     """Neighbours with the same key: (key, extension -> member). StorageError if two have the same extension, too."""
     current, group = "", dict[str, Member]()
     for member in members:
-        path = PurePosixPath(member.name)
-        stem, _, extension = path.name.partition(".")
-        key, extension = str(path.with_name(stem)) if stem else "", extension.lower()
-        if not key or not extension:
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        if not stem or not extension:
             continue  # hidden files, and what has no extension
+        key, extension = str(PurePosixPath(folder + slash, stem)), extension.lower()
         if key != current and group:
             yield current, group
             group = {}
@@ -352,7 +352,7 @@ class _Stream:
         return self._size - self.position
 
     def take(self, count: int) -> bytes:
-        return b"".join(bytes(part) for part in self._parts(count))
+        return b"".join(self._parts(count))
 
     def checksum(self, count: int) -> int:
         value = 0
