@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{indexed.without_image:,} samples without an image were passed over")
     if indexed.bad_labels:
         print(
-            f"{indexed.bad_labels:,} samples have no label, as theirs is not the number of a class, e.g. "
+            f"{indexed.bad_labels:,} samples have no label: what is there is not the number of a class, e.g. "
             f"{indexed.bad_label}"
         )
     return 0

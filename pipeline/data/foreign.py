@@ -7,6 +7,7 @@ where it stopped.
 """
 
 import json
+import logging
 import re
 import reprlib
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from deflate import crc32
 
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch, read_range
-from pipeline.data.manifest import Manifest, build_manifest
+from pipeline.data.manifest import HEADER, Manifest, build_manifest
 from pipeline.data.receipts import Receipts, ShardRows, fingerprint
 from pipeline.data.sources import IMAGE_EXTENSIONS, number_labels
 from pipeline.data.writer import commit_manifest
@@ -84,9 +85,8 @@ def index_shards(
     tars = {name: file for name, file in files.items() if name.endswith(".tar")}
     if not tars:
         raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
-    known = _known(url)
-    splits = dict(zip(known.shards.name, known.shards.split, strict=True)) if known else {}
-    splits = {name: splits.get(name) or split_of(name) for name in tars}
+    known_splits, known_names = _known(url)
+    splits = {name: known_splits.get(name) or split_of(name) for name in tars}
     names = sorted(tars, key=lambda name: (_split_rank(splits[name]), name))
     sizes = [tars[name].size for name in names]
     total = sum(sizes)
@@ -118,8 +118,8 @@ def index_shards(
         raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
     labels = {label for rows in shards for label in rows.columns["label"]}
     class_names, numbers = number_labels(labels)
-    if known and max(labels) < len(known.class_names):
-        class_names, numbers = known.class_names, {label: label for label in labels}
+    if max(labels) < len(known_names):
+        class_names, numbers = known_names, {label: label for label in labels}
     for rows in shards:
         rows.columns["label"] = [numbers[label] for label in rows.columns["label"]]
     manifest = commit_manifest(url, class_names, shards)
@@ -132,12 +132,21 @@ def index_shards(
     )
 
 
-def _known(url: str) -> Manifest | None:
-    """The manifest that lies there, if it can be read: the splits that were held out, and names, are nowhere else."""
+def _known(url: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Each shard's split and the class names, of the manifest that lies there: what was held out is told nowhere else.
+
+    None of them where there is no manifest; a warning where it cannot be read.
+    """
     try:
-        return Manifest.load(url)
-    except StorageError:
-        return None
+        manifest = Manifest.load(url)
+    except StorageError as error:
+        if storage.exists(storage.join(url, HEADER)):
+            logging.getLogger(__name__).warning(
+                "the manifest that is there cannot be read, so the splits follow from the names of the shards, and "
+                "classes have no names: %s", error,
+            )  # fmt: skip
+        return {}, ()
+    return dict(zip(manifest.shards.name, manifest.shards.split, strict=True)), manifest.class_names
 
 
 def split_of(name: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_our_own_shards_index_to_the_same_manifest(tmp_path: Path) -> None:
     assert indexed.samples.label.tolist() == written.samples.label.tolist()
 
 
-def test_again_a_set_keeps_what_only_its_manifest_tells(tmp_path: Path) -> None:
+def test_again_a_set_keeps_what_only_its_manifest_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The splits that were held out and the names of the classes."""
     for i in range(40):
         file = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -143,8 +144,10 @@ def test_again_a_set_keeps_what_only_its_manifest_tells(tmp_path: Path) -> None:
     assert grown.split("selection").num_samples == written.split("selection").num_samples
     write_tar(tmp_path / "shards/val-new.tar", [("new.png", image(0)), ("new.cls", b"2")])
     assert index_shards(url).manifest.class_names == ("0", "1", "2")
+    assert not caplog.messages
     (tmp_path / "shards/manifest.json").write_text("{")
     assert set(index_shards(url).manifest.splits) == {"train", "validation"}, "by the names of the shards"
+    assert re.search(r"cannot be read, so the splits follow .*manifest\.json is not JSON", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,9 @@ def test_what_is_no_label_is_told(
     write_tar(tmp_path / "x.tar", [("a.png", image(0)), (name, data), ("b.png", image(1)), ("b.cls", b"2")])
     assert job.main([str(tmp_path)]) == 0
     assert Manifest.load(str(tmp_path)).samples.label.tolist() == [-1, 2]
-    assert f"1 samples have no label, as theirs is not the number of a class, e.g. {words}" in capsys.readouterr().out
+    assert (
+        f"1 samples have no label: what is there is not the number of a class, e.g. {words}" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "x"])
