@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m jobs.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
-    parser.add_argument("--threads", type=int, default=8, help="shards walked at the same time")
+    parser.add_argument("--threads", type=_positive, default=8, help="shards walked at the same time")
     options = parser.parse_args(arguments)
     with explained(), tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
@@ -33,7 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")
     if indexed.without_image:
         print(f"{indexed.without_image:,} samples without an image were passed over")
+    if indexed.bad_labels:
+        print(
+            f"{indexed.bad_labels:,} samples have no label: what is there is not the number of a class, e.g. "
+            f"{indexed.bad_label}"
+        )
     return 0
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of threads; it is at least 1, e.g. 8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from pipeline import distributed, storage
 from pipeline.data.assemble import BadSample, BadSamplesError, list_of
+from pipeline.storage import StorageError
 
 
 class Quarantine:
@@ -66,8 +67,15 @@ class Quarantine:
 def read_quarantine(folder_url: str) -> tuple[BadSample, ...]:
     """The list that a run has left in the folder of its checkpoints, in the order of ids; empty if there is none."""
     url = _url(folder_url)
-    rows = json.loads(storage.read_bytes(url)) if storage.exists(url) else []
-    return tuple(BadSample(**row) for row in rows)
+    if not storage.exists(url):
+        return ()
+    try:
+        return tuple(BadSample(**row) for row in json.loads(storage.read_bytes(url)))
+    except (ValueError, TypeError) as error:
+        raise StorageError(
+            f"{url} is not the list of bad samples that was written: {error}; delete it, and the run lists those that "
+            "it meets from its checkpoint on"
+        ) from error
 
 
 def _url(folder_url: str) -> str:

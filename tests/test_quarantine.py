@@ -13,6 +13,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.writer import write_shards
 from pipeline.progress import Progress
 from pipeline.quarantine import read_quarantine
+from pipeline.storage import StorageError
 from pipeline.train import fit, make_loader
 from tests import gloo
 from tests.data.images import photos
@@ -111,3 +112,10 @@ def test_the_share_is_that_of_all_ranks_together_and_all_stop_with_the_list(conf
     assert "data.max_bad_share=0.067" in errors[0]
     reports, error = run(override(strict, ["data.max_bad_share=0.067"]), str(tmp_path))
     assert (reports[-1].step, error) == (3, "")
+
+
+@pytest.mark.parametrize("text", ['[\n {\n  "sample_id": 3,', "5", "null", "[5]", '[{"id": 3}]', ""])
+def test_a_list_that_was_cut_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "quarantine.json").write_text(text)
+    with pytest.raises(StorageError, match=r"quarantine\.json is not the list .*; delete it"):
+        read_quarantine(str(tmp_path))

@@ -1,12 +1,15 @@
 """Manifests for tars that other tools wrote (webdataset, img2dataset), by one walk over their bytes.
 
 Python's tarfile ends quietly at a damaged header and at a cut between two members (cpython#120740). This walk checks
-every header's checksum and the end of the archive: what is not whole is an error, never fewer samples. A walk that was
-killed goes on where it stopped.
+every header's checksum and the end of the archive: what is not whole is an error, never fewer samples, and so is an
+image that is a link or sparse: a manifest's images lie in a shard one behind the other. A walk that was killed goes on
+where it stopped.
 """
 
 import json
+import logging
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from deflate import crc32
 
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch, read_range
-from pipeline.data.manifest import Manifest, build_manifest
+from pipeline.data.manifest import HEADER, Manifest, build_manifest
 from pipeline.data.receipts import Receipts, ShardRows, fingerprint
 from pipeline.data.sources import IMAGE_EXTENSIONS, number_labels
 from pipeline.data.writer import commit_manifest
@@ -27,9 +30,18 @@ _BLOCK = 512
 _READ_BYTES = 8 * 2**20
 _MAX_META_BYTES = 2**20  # of a .json that is searched for a label
 _MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
+_LABEL = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")  # 18 digits: an int64
 _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLIT_WORDS |= {"validation": "validation", "test": "test"}
+_META_ENDINGS = (".cls", ".json")
+_SAMPLE_ENDINGS = (*_META_ENDINGS, *(f".{extension}" for extension in IMAGE_EXTENSIONS))
+_AGAIN_WITHOUT_LINKS = "pack it again with `tar --dereference --hard-dereference`"
+_INDIRECT = {  # types of members whose bytes do not lie behind their header as they are
+    b"1": ("a hard link", _AGAIN_WITHOUT_LINKS),
+    b"2": ("a symbolic link", _AGAIN_WITHOUT_LINKS),
+    b"S": ("sparse", "pack it again without `--sparse`"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class Indexed:
 
     manifest: Manifest
     without_image: int  # groups of members that hold no image
+    bad_labels: int  # samples without a label because what is there is none
+    bad_label: str  # one of these
 
 
 def index_shards(
@@ -59,9 +73,10 @@ def index_shards(
     Shards that an earlier attempt has walked, and that have not changed since (in size or ETag, locally in size or
     time), are not walked again. ``on_progress`` gets the bytes that are done and all bytes, after each shard.
 
-    The split is the first of train, val(idation), test in a shard's name, or "train". A sample's label is in its
-    ``.cls``, or in a field "label", "cls", "class" or "class_id" of its ``.json``, or there is none; what does not
-    number classes, e.g. keys of a database, names them (``sources.number_labels``).
+    A shard that a manifest lists already keeps its split. Else it is the first of train, val(idation), test in its
+    name, or "train". A sample's label is in its ``.cls``, or in a field "label", "cls", "class" or "class_id" of its
+    ``.json``, or there is none. Labels below the count of the class names of a manifest that is there already keep
+    these; otherwise what does not number classes, e.g. keys of a database, names them (``sources.number_labels``).
     StorageError where there are no tars, or one is damaged, truncated, or has a key at two places.
     """
     url = storage.resolve(url)
@@ -70,12 +85,14 @@ def index_shards(
     tars = {name: file for name, file in files.items() if name.endswith(".tar")}
     if not tars:
         raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
-    names = sorted(tars, key=lambda name: (_split_rank(split_of(name)), name))
+    known_splits, known_names = _known(url)
+    splits = {name: known_splits.get(name) or split_of(name) for name in tars}
+    names = sorted(tars, key=lambda name: (_split_rank(splits[name]), name))
     sizes = [tars[name].size for name in names]
     total = sum(sizes)
     table = {
         "name": names,
-        "split": ["train"] * len(names),
+        "split": [splits[name] for name in names],
         "size": sizes,
         "count": [0] * len(names),
     }
@@ -83,7 +100,7 @@ def index_shards(
     fetch = open_fetch(empty)
 
     def index(shard: int) -> ShardRows:
-        version = fingerprint([names[shard], sizes[shard], tars[names[shard]].version])
+        version = fingerprint([names[shard], splits[names[shard]], sizes[shard], tars[names[shard]].version])
         rows = receipts.find(names[shard], version)
         if rows is None:
             rows = _index_shard(empty, fetch, shard)
@@ -99,12 +116,37 @@ def index_shards(
     shards = [rows for rows in walked if rows.columns["key"]]
     if not shards:
         raise StorageError(f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}")
-    class_names, numbers = number_labels(label for rows in shards for label in rows.columns["label"])
+    labels = {label for rows in shards for label in rows.columns["label"]}
+    class_names, numbers = number_labels(labels)
+    if max(labels) < len(known_names):
+        class_names, numbers = known_names, {label: label for label in labels}
     for rows in shards:
         rows.columns["label"] = [numbers[label] for label in rows.columns["label"]]
     manifest = commit_manifest(url, class_names, shards)
     receipts.clear()
-    return Indexed(manifest, sum(rows.without_image for rows in walked))
+    return Indexed(
+        manifest,
+        sum(rows.without_image for rows in walked),
+        sum(rows.bad_labels for rows in walked),
+        next((rows.bad_label for rows in walked if rows.bad_labels), ""),
+    )
+
+
+def _known(url: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Each shard's split and the class names, of the manifest that lies there: what was held out is told nowhere else.
+
+    None of them where there is no manifest; a warning where it cannot be read.
+    """
+    try:
+        manifest = Manifest.load(url)
+    except StorageError as error:
+        if storage.exists(storage.join(url, HEADER)):
+            logging.getLogger(__name__).warning(
+                "the manifest that is there cannot be read, so the splits follow from the names of the shards, and "
+                "classes have no names: %s", error,
+            )  # fmt: skip
+        return {}, ()
+    return dict(zip(manifest.shards.name, manifest.shards.split, strict=True)), manifest.class_names
 
 
 def split_of(name: str) -> str:
@@ -121,11 +163,12 @@ def _split_rank(split: str) -> tuple[int, str]:
 
 def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
     name = manifest.shards.name[shard]
-    rows = ShardRows(name, split_of(name), int(manifest.shards.size[shard]))
+    rows = ShardRows(name, manifest.shards.split[shard], int(manifest.shards.size[shard]))
     seen: set[str] = set()
-    for key, members in _groups(walk_tar(manifest, fetch, shard)):
+    where = manifest.shard_url(shard)
+    for key, members in groups(walk_tar(manifest, fetch, shard), where):
         if key in seen:
-            raise StorageError(f"{manifest.shard_url(shard)}: the key {key!r} comes at two places; sort the archive")
+            raise StorageError(f"{where}: the key {key!r} comes at two places; sort the archive")
         seen.add(key)
         image = _image_of(members)
         if image is None:
@@ -133,32 +176,40 @@ def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:
             continue
         if image.size > _MAX_IMAGE_BYTES:
             raise StorageError(
-                f"{manifest.shard_url(shard)}: {image.name} has {image.size} bytes, an image has at most "
-                f"{_MAX_IMAGE_BYTES}; is it one?"
+                f"{where}: {image.name} has {image.size} bytes, an image has at most {_MAX_IMAGE_BYTES}; is it one?"
             )
+        label, bad_label = label_of(members)
+        if bad_label:
+            rows.bad_labels += 1
+            rows.bad_label = bad_label
         for column, value in zip(
             ("key", "offset", "length", "crc32", "label"),
-            (key, image.offset, image.size, image.crc32, _label_of(members)),
+            (key, image.offset, image.size, image.crc32, label),
             strict=True,
         ):
             rows.columns[column].append(value)
     return rows
 
 
-def _groups(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbours with the same key: (key, extension -> member)."""
+def groups(members: Iterator[Member], where: str) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Neighbours with the same key: (key, extension -> member). StorageError if two have the same extension, too."""
     current, group = "", dict[str, Member]()
     for member in members:
-        path = PurePosixPath(member.name)
-        stem, _, extension = path.name.partition(".")
-        key = str(path.with_name(stem)) if stem else ""
-        if not key or not extension:
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        if not stem or not extension:
             continue  # hidden files, and what has no extension
+        key, extension = str(PurePosixPath(folder + slash, stem)), extension.lower()
         if key != current and group:
             yield current, group
             group = {}
+        if extension in group:
+            raise StorageError(
+                f"{where}: {group[extension].name!r} and {member.name!r} have the same key and extension, one would be "
+                "lost; give each sample a name of its own"
+            )
         current = key
-        group[extension.lower()] = member
+        group[extension] = member
     if group:
         yield current, group
 
@@ -171,21 +222,34 @@ def _image_of(members: dict[str, Member]) -> Member | None:
     return members[min(images, key=lambda e: (e.count("."), IMAGE_EXTENSIONS.index(e.rpartition(".")[2])))]
 
 
-def _label_of(members: dict[str, Member]) -> int:
-    if "cls" in members:
-        text = members["cls"].data.decode(errors="replace").strip()
-        if text.lstrip("-").isdigit():
-            return max(int(text), -1)
-    if "json" in members:
-        try:
-            fields = json.loads(members["json"].data)
-        except ValueError:
-            return -1
-        if isinstance(fields, dict):
-            for name in _LABEL_FIELDS:
-                if isinstance(fields.get(name), int) and not isinstance(fields[name], bool):
-                    return max(int(fields[name]), -1)
-    return -1
+def label_of(members: dict[str, Member]) -> tuple[int, str]:
+    """A sample's label, -1 if it has none; and, where there is but what is none, that."""
+    bad = ""
+    for name, value in _label_values(members):
+        if match := _LABEL.fullmatch(str(value).strip()) if isinstance(value, str | int | float) else None:
+            return max(int(match[1]), -1), ""
+        bad = bad or f"{name}: {reprlib.repr(value)}"
+    return -1, bad
+
+
+def _label_values(members: dict[str, Member]) -> Iterator[tuple[str, object]]:
+    """What may be a sample's label, best first: (where it is from, value)."""
+    for extension in ("cls", "json"):
+        if (member := members.get(extension)) is None:
+            continue
+        if member.size > _MAX_META_BYTES:
+            yield member.name, f"{member.size} bytes"
+        elif extension == "cls":
+            yield member.name, _text(member.data).strip()
+        else:
+            try:
+                fields = json.loads(member.data)
+            except (ValueError, RecursionError):
+                yield member.name, _text(member.data)
+                continue
+            if isinstance(fields, dict):
+                present = (field for field in _LABEL_FIELDS if fields.get(field) is not None)
+                yield from ((f"{member.name}, {field}", fields[field]) for field in present)
 
 
 def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
@@ -195,8 +259,8 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
     the first, would be lost to every reader of tars.
     """
     where = manifest.shard_url(shard)
-    stream = _Stream(fetch, shard, int(manifest.shards.size[shard]))
-    long_name = ""
+    stream = _Stream(fetch, shard, int(manifest.shards.size[shard]), where)
+    attributes: dict[str, str] = {}  # pax: of the next member
     while True:
         at = stream.position
         if stream.left < _BLOCK:
@@ -214,29 +278,51 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
         kind, size = header[156:157], _number(header[124:136])
         if size < 0:
             raise StorageError(f"{where}: the tar header at byte {at} is damaged (its size is {header[124:136]!r})")
-        padded = -(-size // _BLOCK) * _BLOCK
-        if padded > stream.left:
-            raise StorageError(f"{where} ends inside the member at byte {at}: it is truncated")
-        name = long_name or _name(header)
-        if kind in (b"0", b"\0", b"7"):
-            wanted = name.endswith((".cls", ".json")) and size <= _MAX_META_BYTES
+        if kind in (b"L", b"x", b"X"):  # GNU's long name, pax attributes: of the next member
+            data = stream.take(size)
+            records = {"path": _until_nul(data)} if kind == b"L" else _pax_records(data)
+            if records is None:
+                raise StorageError(f"{where}: the pax records behind the tar header at byte {at} are damaged")
+            attributes |= records
+            stream.checksum(-size % _BLOCK)
+            continue
+        if kind in (b"K", b"g"):  # the target of the next link, attributes of all members
+            stream.checksum(size + -size % _BLOCK)
+            continue
+        name = attributes.get("GNU.sparse.name") or attributes.get("path") or _name(header)
+        size = int(attributes.get("size", size))
+        form = b"S" if any(record.startswith("GNU.sparse.") for record in attributes) else kind
+        attributes = {}
+        if form in _INDIRECT and name.lower().endswith(_SAMPLE_ENDINGS):
+            what, remedy = _INDIRECT[form]
+            raise StorageError(f"{where}: {name} is {what}, so its bytes do not lie there as they are; {remedy}")
+        if form in (b"0", b"\0", b"7"):
+            wanted = name.lower().endswith(_META_ENDINGS) and size <= _MAX_META_BYTES
             offset = stream.position
             data = stream.take(size) if wanted else b""
             checksum = crc32(data) if wanted else stream.checksum(size)
             yield Member(name, offset, size, checksum, data)
-            stream.take(padded - size)
-            long_name = ""
-        elif kind == b"L":  # GNU: the next member's name
-            long_name = _until_nul(stream.take(padded)[:size])
-        elif kind == b"x":  # pax: the next member's attributes
-            records = _text(stream.take(padded)[:size])
-            if re.search(r"^\d+ size=", records, re.MULTILINE):
-                raise StorageError(f"{where}: the member after byte {at} is larger than 8 GiB, which is no image")
-            path = re.search(r"^\d+ path=(.*)$", records, re.MULTILINE)
-            long_name = path[1] if path else ""
-        else:  # directories, links, global attributes
-            stream.checksum(padded)
-            long_name = ""
+            stream.checksum(-size % _BLOCK)
+        elif form not in (b"1", b"2", b"3", b"4", b"5", b"6"):  # what these say of a size is not to be believed
+            more = kind == b"S" and header[482]  # the list of its parts goes on in blocks that the size does not count
+            while more:
+                more = stream.take(_BLOCK)[504]
+            stream.checksum(size + -size % _BLOCK)
+
+
+def _pax_records(data: bytes) -> dict[str, str] | None:
+    """``<length> <key>=<value>\\n`` each, whose length in bytes is the whole record's; None if they are damaged."""
+    records, at = dict[str, str](), 0
+    while data[at : at + 1].strip(b"\0"):
+        length = re.compile(rb"([1-9][0-9]{0,8}) ").match(data, at)
+        if not length:
+            return None
+        end = at + int(length[1])
+        key, equals, value = data[length.end() : end - 1].partition(b"=")
+        if not equals or data[end - 1 : end] != b"\n":
+            return None
+        records[_text(key)], at = _text(value), end
+    return records if re.fullmatch(r"[0-9]{1,18}", records.get("size", "0")) else None
 
 
 def _name(header: bytes) -> str:
@@ -264,8 +350,8 @@ def _number(digits: bytes) -> int:
 class _Stream:
     """A shard from front to back, a few MiB at a time."""
 
-    def __init__(self, fetch: Fetch, shard: int, size: int) -> None:
-        self._fetch, self._shard, self._size = fetch, shard, size
+    def __init__(self, fetch: Fetch, shard: int, size: int, where: str) -> None:
+        self._fetch, self._shard, self._size, self._where = fetch, shard, size, where
         self._chunk = memoryview(b"")
         self._chunk_start = 0
         self.position = 0
@@ -275,7 +361,7 @@ class _Stream:
         return self._size - self.position
 
     def take(self, count: int) -> bytes:
-        return b"".join(bytes(part) for part in self._parts(count))
+        return b"".join(self._parts(count))
 
     def checksum(self, count: int) -> int:
         value = 0
@@ -293,6 +379,8 @@ class _Stream:
         return None
 
     def _parts(self, count: int) -> Iterator[memoryview]:
+        if count > self.left:
+            raise StorageError(f"{self._where} ends inside the member at byte {self.position}: it is truncated")
         while count:
             at = self.position - self._chunk_start
             if at >= len(self._chunk):

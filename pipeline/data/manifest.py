@@ -24,6 +24,12 @@ HEADER = "manifest.json"
 _SHARDS = "shards.parquet"
 _SAMPLES = "samples.parquet"
 _FORMAT = 1
+_SHARD_COLUMNS = pa.schema([("name", pa.string()), ("split", pa.string()), ("size", pa.int64()), ("count", pa.int64())])
+_SAMPLE_COLUMNS = pa.schema(
+    [("offset", pa.int64()), ("length", pa.int32()), ("crc32", pa.uint32()), ("label", pa.int32())]
+)
+_KEY_COLUMN = pa.schema([("key", pa.string())])
+_REMEDY = "copy the folder again, or make the manifest anew with `python -m jobs.index`"
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,7 @@ class Manifest:
 
     def keys(self) -> list[str]:
         """Every sample's name in the shards (WebDataset's ``__key__``), by id; read from storage at each call."""
-        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.url, _SAMPLES))), columns=["key"])
-        keys: list[str] = table["key"].to_pylist()
+        keys: list[str] = _read_columns(self.url, _SAMPLES, _KEY_COLUMN)["key"]
         return keys
 
     def verify_present(self) -> None:
@@ -131,16 +136,26 @@ class Manifest:
                 "for tars that other tools wrote with `python -m jobs.index`"
             ) from error
         except ValueError as error:  # of the JSON or of its encoding
-            raise StorageError(f"{header_url} is not JSON: {error}") from error
+            raise StorageError(f"{header_url} is not JSON: {error}; {_REMEDY}") from error
+        if not isinstance(header, dict):
+            raise StorageError(f"{header_url} is not the header that was written but {header!r:.40}; {_REMEDY}")
         if header.get("format") != _FORMAT:
-            raise StorageError(f"{header_url} has format {header.get('format')!r}; this version reads {_FORMAT}")
-        manifest = build_manifest(
-            url, tuple(header["class_names"]), _read_columns(url, _SHARDS), _read_columns(url, _SAMPLES, drop="key")
-        )
-        if manifest.digest != header["digest"]:
             raise StorageError(
-                f"{url}: the manifest's rows have the digest {manifest.digest[:12]}, its header says "
-                f"{header['digest'][:12]}; copy the folder again, or make the manifest anew with `python -m jobs.index`"
+                f"{header_url} has format {header.get('format')!r:.40}, this version reads {_FORMAT}; {_REMEDY}"
+            )
+        class_names, digest = header.get("class_names"), header.get("digest")
+        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+            raise StorageError(f"{header_url}: class_names is {class_names!r:.40}, not a list of names; {_REMEDY}")
+        manifest = build_manifest(
+            url,
+            tuple(class_names),
+            _read_columns(url, _SHARDS, _SHARD_COLUMNS),
+            _read_columns(url, _SAMPLES, _SAMPLE_COLUMNS),
+        )
+        if manifest.digest != digest:
+            raise StorageError(
+                f"{url}: the manifest's rows have the digest {manifest.digest[:12]}, its header says {digest!s:.12}; "
+                f"{_REMEDY}"
             )
         return manifest
 
@@ -155,6 +170,9 @@ def build_manifest(
         size=np.asarray(shards["size"], np.int64),
         count=np.asarray(shards["count"], np.int64),
     )
+    num_samples = len(samples["offset"])
+    if (table.count < 0).any() or table.count.sum() != num_samples:
+        raise StorageError(f"{url}: the shards hold {table.count.sum()} samples, the manifest {num_samples}; {_REMEDY}")
     rows = Samples(
         first_id=0,
         shard=np.repeat(np.arange(len(table.name), dtype=np.int32), table.count),
@@ -163,8 +181,6 @@ def build_manifest(
         crc32=np.asarray(samples["crc32"], np.uint32),
         label=np.asarray(samples["label"], np.int32),
     )
-    if len(rows.shard) != len(rows.offset):
-        raise StorageError(f"{url}: the shards hold {len(rows.shard)} samples, the manifest {len(rows.offset)}")
     changes = sum(a != b for a, b in zip(table.split, table.split[1:], strict=False))
     if changes and changes + 1 != len(set(table.split)):
         raise StorageError(f"{url}: the shards of a split are not contiguous in the manifest")
@@ -198,17 +214,20 @@ def save_manifest(manifest: Manifest, keys: list[str]) -> None:
     storage.write_bytes(storage.join(manifest.url, HEADER), json.dumps(header, indent=1).encode())
 
 
-def _read_columns(url: str, name: str, drop: str = "") -> dict[str, Any]:
+def _read_columns(url: str, name: str, columns: pa.Schema) -> dict[str, Any]:
+    """Numbers as arrays, text as lists. StorageError where one is missing, of another type or has gaps."""
     file_url = storage.join(url, name)
+    data = io.BytesIO(storage.read_bytes(file_url))
     try:
-        source = pq.ParquetFile(io.BytesIO(storage.read_bytes(file_url)))
-        table = source.read(columns=[column for column in source.schema_arrow.names if column != drop])
-    except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{file_url} is not the Parquet file that was written: {error}") from error
-    numeric = {"size", "count", "offset", "length", "crc32", "label"}
+        table = pq.ParquetFile(data).read(columns=columns.names).select(columns.names).cast(columns)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise StorageError(f"{file_url} is not the Parquet file that was written: {error}; {_REMEDY}") from error
+    for column in columns.names:
+        if table[column].null_count:
+            raise StorageError(f"{file_url}: {table[column].null_count} rows have no {column}; {_REMEDY}")
     return {
-        column: table[column].to_numpy() if column in numeric else table[column].to_pylist()
-        for column in table.column_names
+        field.name: table[field.name].to_pylist() if field.type == pa.string() else table[field.name].to_numpy()
+        for field in columns
     }
 
 

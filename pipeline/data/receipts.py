@@ -26,6 +26,8 @@ class ShardRows:
         default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
     )
     without_image: int = 0  # groups of members that were passed over, in a tar that another tool wrote
+    bad_labels: int = 0  # samples there whose label is not the number of a class
+    bad_label: str = ""  # one of these
 
 
 class Receipts:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import webdataset
 
 from jobs import index as job
+from jobs import write_shards as write_job
 from pipeline import storage
 from pipeline.data.fetch import Fetch
 from pipeline.data.foreign import Member, index_shards, split_of, walk_tar
@@ -120,6 +122,90 @@ def test_our_own_shards_index_to_the_same_manifest(tmp_path: Path) -> None:
     assert indexed.samples.label.tolist() == written.samples.label.tolist()
 
 
+def test_again_a_set_keeps_what_only_its_manifest_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The splits that were held out and the names of the classes."""
+    for i in range(40):
+        file = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(photo(9, 9, seed=i)))
+    url = str(tmp_path / "shards")
+    shares = ["--validation-share", "0.2", "--hold-out", "selection=0.2"]
+    assert write_job.main([f"folder:{tmp_path / 'images'}", url, *shares]) == 0
+    written = Manifest.load(url)
+    assert set(written.splits) == {"train", "validation", "selection"}
+    again = index_shards(url).manifest
+    assert again.digest == written.digest
+    assert again.class_names == ("cat", "dog")
+
+    write_tar(tmp_path / "shards/val-new.tar", [("new.png", image(0)), ("new.cls", b"1")])
+    grown = index_shards(url).manifest
+    assert grown.class_names == ("cat", "dog")
+    assert grown.split("validation").num_samples == written.split("validation").num_samples + 1
+    assert grown.split("selection").num_samples == written.split("selection").num_samples
+    write_tar(tmp_path / "shards/val-new.tar", [("new.png", image(0)), ("new.cls", b"2")])
+    assert index_shards(url).manifest.class_names == ("0", "1", "2")
+    assert not caplog.messages
+    (tmp_path / "shards/manifest.json").write_text("{")
+    assert set(index_shards(url).manifest.splits) == {"train", "validation"}, "by the names of the shards"
+    assert re.search(r"cannot be read, so the splits follow .*manifest\.json is not JSON", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "label"),
+    [
+        ("a.CLS", b"7", 7),
+        ("a.cls", b"+3\n", 3),
+        ("a.cls", b"3.0", 3),
+        ("a.cls", b"-5", -1),
+        ("a.JSON", b'{"label": 7}', 7),
+        ("a.json", b'{"label": "7"}', 7),
+        ("a.json", b'{"label": 7.0}', 7),
+        ("a.json", b'{"label": "a cat", "class_id": 4}', 4),
+        ("a.json", b'{"caption": "a cat", "label": null}', -1),
+    ],
+)
+def test_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, label: int) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", image(0)), (name, data)])
+    assert job.main([str(tmp_path)]) == 0
+    assert Manifest.load(str(tmp_path)).samples.label.tolist() == [label]
+    assert "have no label" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.cls", b"cat", "a.cls: 'cat'"),
+        ("a.cls", "²".encode(), "a.cls: '²'"),
+        ("a.cls", b"--5", "a.cls: '--5'"),
+        ("a.cls", b"3.5", "a.cls: '3.5'"),
+        ("a.cls", b"9" * 5000, "a.cls: '999999999999...9999999999999'"),
+        ("a.cls", b"", "a.cls: ''"),
+        ("a.json", b"[" * 100_000, "a.json: '[[[["),
+        ("a.json", b'{"label": ' + b"9" * 5000 + b"}", "a.json: '{"),
+        ("a.json", b'{"label": 7.5}', "a.json, label: 7.5"),
+        ("a.json", b'{"cls": true}', "a.json, cls: True"),
+        ("a.json", b'{"label": ["cat"]}', "a.json, label: ['cat']"),
+        ("a.json", b"{" + b" " * 2**20 + b"}", "a.json: '1048578 bytes'"),
+    ],
+)
+def test_what_is_no_label_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, words: str
+) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", image(0)), (name, data), ("b.png", image(1)), ("b.cls", b"2")])
+    assert job.main([str(tmp_path)]) == 0
+    assert Manifest.load(str(tmp_path)).samples.label.tolist() == [-1, 2]
+    assert (
+        f"1 samples have no label: what is there is not the number of a class, e.g. {words}" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "x"])
+def test_the_job_refuses_no_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        job.main([str(tmp_path), f"--threads={threads}"])
+    assert f"{threads!r} is no number of threads; it is at least 1" in capsys.readouterr().err
+
+
 def test_splits_from_names_train_first(tmp_path: Path) -> None:
     for name in ("val/0.tar", "train/0.tar", "imagenet-test-3.tar"):
         write_tar(tmp_path / name, [("a.jpg", image(0))])
@@ -201,6 +287,98 @@ def test_a_damaged_or_cut_tar_is_an_error(tmp_path: Path, damage: object, words:
     with pytest.raises(StorageError, match=words):
         index_shards(str(tmp_path))
     assert not (tmp_path / "manifest.json").exists()
+
+
+def gnu_tar(folder: Path, *arguments: str) -> None:
+    subprocess.run(["tar", "-cf", "x.tar", *arguments], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("pack", [[], ["--format=pax"]], ids=["gnu", "pax"])
+@pytest.mark.parametrize("linked", ["b.png", "a.cls", "a.JSON"])
+def test_what_belongs_to_a_sample_is_no_link(tmp_path: Path, linked: str, pack: list[str]) -> None:
+    """Its header alone is in the tar: the image would be passed over, the label -1."""
+    (tmp_path / "a.png").write_bytes(png(photo(9, 9)))
+    target = {".png": "a.png"}.get(Path(linked).suffix, "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"3")
+    os.link(tmp_path / target, tmp_path / linked)
+    gnu_tar(tmp_path, *pack, target, linked)
+    with pytest.raises(StorageError, match=f"x.tar: {linked} is a hard link.*--hard-dereference"):
+        index_shards(str(tmp_path))
+    (tmp_path / linked).unlink()
+    (tmp_path / linked).symlink_to(target)
+    gnu_tar(tmp_path, *pack, target, linked)
+    with pytest.raises(StorageError, match=f"x.tar: {linked} is a symbolic link.*--dereference"):
+        index_shards(str(tmp_path))
+    gnu_tar(tmp_path, *pack, "--dereference", "--hard-dereference", "a.png", linked)
+    assert index_shards(str(tmp_path)).manifest.keys() == (["a", "b"] if linked == "b.png" else ["a"])
+
+
+@pytest.mark.parametrize("pack", ["--format=gnu", "--format=pax", "--sparse-version=0.1", "--sparse-version=0.0"])
+def test_an_image_is_not_sparse(tmp_path: Path, pack: str) -> None:
+    """The tar holds its parts, more of them than GNU's header can list."""
+    pack = pack if "format" in pack else f"--format=pax {pack}"
+    with (tmp_path / "a.png").open("wb") as file:
+        for part in range(60):
+            file.seek(part * 65536)
+            file.write(b"part")
+        file.truncate(60 * 65536)
+    gnu_tar(tmp_path, "--sparse", *pack.split(), "a.png")
+    with pytest.raises(StorageError, match=r"x\.tar: a\.png is sparse.*without `--sparse`"):
+        index_shards(str(tmp_path))
+    (tmp_path / "a.png").rename(tmp_path / "a.bin")
+    (tmp_path / "b.png").write_bytes(png(photo(9, 9)))
+    (tmp_path / "c.txt").symlink_to("b.png")
+    os.link(tmp_path / "a.bin", tmp_path / ("d" * 120))  # long names of a link and of its target
+    gnu_tar(tmp_path, "--sparse", *pack.split(), "d" * 120, "a.bin", "c.txt", "b.png")
+    assert index_shards(str(tmp_path)).manifest.keys() == ["b"], "others are passed over"
+
+
+def test_pax_records_are_as_long_as_they_say(tmp_path: Path) -> None:
+    names = ["é\n12 size=3.png", "é\nb.png", "日本\n9 path=z.png", "ü.png"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for seed, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = len(image(seed))
+            info.pax_headers = {"comment": "x\n9 path=zz.png", "size": str(info.size)}
+            tar.addfile(info, io.BytesIO(image(seed)))
+    manifest = index_shards(str(tmp_path)).manifest
+    assert manifest.keys() == [name.removesuffix(".png") for name in names]
+    assert manifest.samples.crc32.tolist() == [zlib.crc32(image(seed)) for seed in range(4)]
+
+
+def test_the_size_of_a_pax_record_counts(tmp_path: Path) -> None:
+    """More than a header's 8 GiB; GNU tar and tarfile write it only then."""
+    record = b"12 size=600\n"
+    write_tar(tmp_path / "x.tar", [("x", record), ("a.png", b"1" * 600), ("b.png", b"2" * 600)])
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    with_header(data, 0, slice(156, 157), b"x")
+    with_header(data, 1024, SIZE, b"0")
+    (tmp_path / "x.tar").write_bytes(data)
+    assert index_shards(str(tmp_path)).manifest.samples.length.tolist() == [600, 600]
+    for damaged in (b"99 size=600\n", b"12 size=6x0\n", b"12 size 600\n", b"xx size=600\n"):
+        data[512 : 512 + len(record)] = damaged
+        (tmp_path / "x.tar").write_bytes(data)
+        with pytest.raises(StorageError, match="the pax records behind the tar header at byte 0 are damaged"):
+            index_shards(str(tmp_path))
+
+
+def test_a_long_name_outlives_pax_records_without_one(tmp_path: Path) -> None:
+    long = f"{'n' * 150}.png"
+    write_tar(tmp_path / "x.tar", [("l", f"{long}\0".encode()), ("x", b"15 comment=yes\n"), ("a.png", b"1")])
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    with_header(data, 0, slice(156, 157), b"L")
+    with_header(data, 1024, slice(156, 157), b"x")
+    (tmp_path / "x.tar").write_bytes(data)
+    assert index_shards(str(tmp_path)).manifest.keys() == ["n" * 150]
+
+
+@pytest.mark.parametrize(
+    "names", [["a.png", "a.png"], ["a.png", "a.cls", "a.png", "a.cls"], ["a.png", "a.PNG"], ["./a.png", "a.png"]]
+)
+def test_two_neighbours_of_one_name_are_an_error(tmp_path: Path, names: list[str]) -> None:
+    write_tar(tmp_path / "x.tar", [(name, b"1") for name in names])
+    with pytest.raises(StorageError, match=r"x\.tar: '(\./)?a.png' and 'a\.(png|PNG)' have the same key"):
+        index_shards(str(tmp_path))
 
 
 def test_a_key_at_two_places_is_an_error(tmp_path: Path) -> None:
