@@ -48,6 +48,7 @@ class Item:
     label: int  # -1 = none
     size: int  # bytes, at least roughly: shards are cut by it
     origin: Any  # what the source's ``read`` needs
+    version: str = ""  # changes with the file, where a listing tells
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def shard_tasks(
             ShardTask(
                 name=f"{split}-{number:06d}.tar",
                 split=split,
-                fingerprint=fingerprint((item.key, item.label, item.size, item.origin) for item in items),
+                fingerprint=fingerprint((item.key, item.label, item.size, item.version, item.origin) for item in items),
                 samples=lambda: (source.sample(item) for item in items),
             )
         )
@@ -195,22 +196,29 @@ def _hash(text: str) -> str:
 
 
 def _folder(root: str) -> Source:
-    sizes = storage.list_sizes(root)
     found = []
-    for name, size in sizes.items():
+    for name, file in storage.list_files(root).items():
         path = PurePosixPath(name)
         if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
             continue
         *folders, _ = path.parts
         split = _SPLIT_FOLDERS[folders.pop(0)] if folders and folders[0] in _SPLIT_FOLDERS else "train"
-        found.append((path, size, split, folders[0] if folders else ""))
+        found.append((path, file, split, folders[0] if folders else ""))
     if not found:
         raise SourceError(f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}")
     class_names = tuple(sorted({name for *_, name in found if name}))
     labels = {name: label for label, name in enumerate(class_names)} | {"": -1}
     items = [
-        Item(_key(path), path.suffix[1:].lower(), split, labels[name], size, storage.join(root, str(path)))
-        for path, size, split, name in found
+        Item(
+            key=_key(path),
+            extension=path.suffix[1:].lower(),
+            split=split,
+            label=labels[name],
+            size=file.size,
+            origin=storage.join(root, str(path)),
+            version=file.version,
+        )
+        for path, file, split, name in found
     ]
     return Source(items, class_names, _read_file)
 
@@ -233,9 +241,13 @@ def _table(url: str) -> Source:
     for path, label, split in zip(table["path"].to_pylist(), labels, splits, strict=True):
         origin = path if storage.is_remote(path) or path.startswith("/") else storage.join(folder, path)
         relative = PurePosixPath(path.partition("://")[2] if "://" in path else path.lstrip("/"))
-        size = Path(origin).stat().st_size if Path(origin).exists() else 100_000
+        try:
+            stat = Path(origin).stat()
+            size, version = stat.st_size, str(stat.st_mtime_ns)
+        except OSError:  # remote, where asking for each takes too long, or missing, which reading it tells
+            size, version = 100_000, ""
         split = _SPLIT_FOLDERS.get(split, split)
-        items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin))
+        items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin, version))
     return Source(items, class_names, _read_file)
 
 

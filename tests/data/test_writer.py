@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from PIL import Image
 
 from jobs import write_shards as job
 from pipeline import storage
@@ -357,3 +358,44 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
     header = json.loads((tmp_path / "manifest.json").read_text())
     assert header["splits"] == {"train": 3}
     assert fingerprint(["a", "b"]) != fingerprint(["ab"])
+
+
+def folder_of_images(root: Path, count: int, seed: int = 0) -> Path:
+    """``count`` bitmaps, all of one size in bytes."""
+    root.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(photo(9, 9, seed=seed + i)).save(root / f"{i}.bmp")
+    return root
+
+
+def interrupt(images: Path, out: Path) -> None:
+    """Write ``images`` to shards of two, and fail at the last."""
+    tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
+    (last,) = [item.origin for item in open_source(f"folder:{images}").items[-1:]]
+    Path(last).rename(f"{last}.away")
+    with pytest.raises(StorageError, match="nothing of that name"):
+        write_tasks(tasks, str(out), class_names=(), num_threads=1)
+    Path(f"{last}.away").rename(last)
+
+
+def finish(images: Path, out: Path) -> Manifest:
+    tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
+    return write_tasks(tasks, str(out), class_names=(), num_threads=1)
+
+
+def images_of(manifest: Manifest) -> set[bytes]:
+    data, rows = shard_bytes(manifest), manifest.samples
+    return {
+        data[manifest.shards.name[shard]][at : at + length]
+        for shard, at, length in zip(rows.shard, rows.offset, rows.length, strict=True)
+    }
+
+
+def test_an_image_that_changed_in_place_after_a_kill_is_written_again(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 8)
+    interrupt(images, tmp_path / "out")
+    for i in range(8):
+        Image.fromarray(photo(9, 9, seed=100 + i)).save(images / f"{i}.bmp")
+    manifest = finish(images, tmp_path / "out")
+    assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
+    assert verify(manifest) == []
