@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,17 @@ def list_sizes(folder_url: str) -> dict[str, int]:
     return {name: file.size for name, file in list_files(folder_url).items()}
 
 
+def look_at(url: str) -> Listed:
+    """What a listing would tell about one file or object. MissingError where there is none."""
+    with _explained("look at", url):
+        if is_remote(url):
+            fs, path = _remote(url)
+            info = fs.info(path)
+            return Listed(int(info["size"]), _version(info))
+        stat = _local(url).stat()
+        return Listed(stat.st_size, str(stat.st_mtime_ns))
+
+
 def delete(url: str) -> None:
     """Remove a file, an object or a folder with all it holds; what is not there is not an error."""
     with _explained("delete", url):
@@ -193,7 +205,8 @@ def sign(url: str) -> str:
 def _version(info: dict[str, Any]) -> str:
     """Every fsspec backend has names of its own: S3 and Azure, GCS, HDFS and SFTP, memory."""
     keys = ("ETag", "etag", "LastModified", "updated", "mtime", "created")
-    return next((str(info[key]) for key in keys if info.get(key)), "")
+    value = next((info[key] for key in keys if info.get(key)), "")
+    return str(value.timestamp() if isinstance(value, datetime) else value)  # memory: one in info, one in find
 
 
 def _patience_s(size: int) -> float:

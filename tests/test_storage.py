@@ -51,11 +51,14 @@ def test_a_listing_tells_when_the_content_has_changed(url: str) -> None:
     assert listed["same"] == before["same"]
     assert listed["deep/changed"].version != before["deep/changed"].version
     assert listed["deep/changed"].size == 4
+    assert {name: storage.look_at(storage.join(url, name)) for name in listed} == listed
 
 
 def test_what_is_missing_or_short_says_so(url: str) -> None:
     with pytest.raises(MissingError, match="nothing of that name"):
         storage.read_bytes(storage.join(url, "nowhere"))
+    with pytest.raises(MissingError, match="nothing of that name"):
+        storage.look_at(storage.join(url, "nowhere"))
     storage.write_bytes(storage.join(url, "x"), b"0123")
     with pytest.raises(ShortError, match="2 of the 4 bytes from 2"):
         storage.read_range(storage.join(url, "x"), 2, 6)

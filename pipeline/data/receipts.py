@@ -22,6 +22,7 @@ class ShardRows:
     name: str
     split: str
     size: int = 0
+    version: str = ""  # of the file, as a listing tells it; only of a shard that was written here
     columns: dict[str, list[Any]] = field(
         default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
     )
@@ -41,7 +42,10 @@ class Receipts:
         name = _name(shard, fingerprint)
         if name not in self._names:
             return None
-        return ShardRows(**json.loads(storage.read_bytes(storage.join(self._url, name))))
+        try:
+            return ShardRows(**json.loads(storage.read_bytes(storage.join(self._url, name))))
+        except (ValueError, TypeError):  # empty or cut by a crash of the machine, or another version's
+            return None
 
     def keep(self, rows: ShardRows, fingerprint: str) -> None:
         """For a later attempt."""

@@ -5,6 +5,7 @@ import struct
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipeline.data.sources import SourceError, open_source, shard_tasks
 from pipeline.data.verify import verify
 from pipeline.data.writer import Sample, SampleError, ShardTask, write_shards, write_tasks
 from pipeline.storage import StorageError
+from tests.conftest import S3
 from tests.data.images import jpeg, photo, photos, png
 
 
@@ -368,7 +370,7 @@ def folder_of_images(root: Path, count: int, seed: int = 0) -> Path:
     return root
 
 
-def interrupt(images: Path, out: Path) -> None:
+def interrupt(images: Path, out: Path | str) -> None:
     """Write ``images`` to shards of two, and fail at the last."""
     tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
     (last,) = [item.origin for item in open_source(f"folder:{images}").items[-1:]]
@@ -378,7 +380,7 @@ def interrupt(images: Path, out: Path) -> None:
     Path(f"{last}.away").rename(last)
 
 
-def finish(images: Path, out: Path) -> Manifest:
+def finish(images: Path, out: Path | str) -> Manifest:
     tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
     return write_tasks(tasks, str(out), class_names=(), num_threads=1)
 
@@ -399,3 +401,74 @@ def test_an_image_that_changed_in_place_after_a_kill_is_written_again(tmp_path: 
     manifest = finish(images, tmp_path / "out")
     assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
     assert verify(manifest) == []
+
+
+def test_a_shard_of_another_writer_between_two_attempts_is_not_taken_for_one_s_own(tmp_path: Path) -> None:
+    ours, theirs = folder_of_images(tmp_path / "ours", 8), folder_of_images(tmp_path / "theirs", 8, seed=100)
+    interrupt(ours, tmp_path / "out")
+    interrupt(theirs, tmp_path / "out")
+    manifest = finish(ours, tmp_path / "out")
+    assert images_of(manifest) == {path.read_bytes() for path in ours.iterdir()}
+    assert verify(manifest) == []
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_of_two_writers_in_one_folder_the_one_whose_shards_are_gone_says_so(tmp_path: Path, at: int) -> None:
+    ours, theirs = folder_of_images(tmp_path / "ours", 8), folder_of_images(tmp_path / "theirs", 8, seed=100)
+    out = tmp_path / "out"
+    tasks = shard_tasks(open_source(f"folder:{ours}"), max_shard_samples=2)
+
+    def beside_the_other_writer() -> Iterator[Sample]:
+        finish(theirs, out)
+        yield from tasks[at].samples()
+
+    mixed = [*tasks[:at], replace(tasks[at], samples=beside_the_other_writer), *tasks[at + 1 :]]
+    if at == 0:  # all of theirs is replaced
+        manifest = write_tasks(mixed, str(out), class_names=(), num_threads=1)
+        assert images_of(manifest) == {path.read_bytes() for path in ours.iterdir()}
+        return
+    with pytest.raises(StorageError, match=f"another writer has replaced or deleted {at} of 4 shards, e.g. train-0000"):
+        write_tasks(mixed, str(out), class_names=(), num_threads=1)
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(out))
+    assert images_of(finish(ours, out)) == {path.read_bytes() for path in ours.iterdir()}
+
+
+def test_a_set_that_is_replaced_has_no_manifest_until_the_new_one_is_whole_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(folder_of_images(tmp_path / "old", 12), out)
+    (out / "mine.tar").write_bytes(b"no shard of the set")
+    new = folder_of_images(tmp_path / "new", 6, seed=100)
+    interrupt(new, out)
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(out))
+    manifest = finish(new, out)
+    assert {path.name for path in out.glob("*.tar")} == {*manifest.shards.name, "mine.tar"}
+    assert images_of(manifest) == {path.read_bytes() for path in new.iterdir()}
+
+
+def test_a_set_whose_successor_fails_before_its_first_shard_stays(tmp_path: Path) -> None:
+    manifest = finish(folder_of_images(tmp_path / "old", 4), tmp_path / "out")
+    with pytest.raises(SampleError, match="first dot"):
+        write_shards([Sample("a.b", b"x", "jpg", "train")], str(tmp_path / "out"))
+    assert Manifest.load(str(tmp_path / "out")).digest == manifest.digest
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": "x", "colour": 3}'])
+def test_a_receipt_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    images = folder_of_images(tmp_path / "images", 4)
+    interrupt(images, tmp_path / "out")
+    for receipt in (tmp_path / "out" / ".progress").iterdir():
+        receipt.write_bytes(content)
+    assert len(images_of(finish(images, tmp_path / "out"))) == 4
+
+
+def test_a_half_written_set_in_a_bucket_is_taken_up(tmp_path: Path, s3: S3) -> None:
+    images, out = folder_of_images(tmp_path / "images", 8), f"{s3.url}/taken-up"
+    interrupt(images, out)
+    before = storage.list_files(out)
+    manifest = finish(images, out)
+    assert [storage.list_files(out)[name] == file for name, file in before.items() if name.endswith(".tar")] == [
+        True
+    ] * 3
+    assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
