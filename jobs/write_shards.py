@@ -13,7 +13,7 @@ import sys
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import open_source, shard_tasks
+from pipeline.data.sources import counted, open_source, shard_tasks
 from pipeline.data.verify import verify
 from pipeline.data.writer import write_tasks
 from pipeline.errors import explained
@@ -61,6 +61,10 @@ def _write(options: argparse.Namespace) -> int:
         )
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")
+    if source.passed_over:
+        print(
+            f"{source.passed_over.total():,} files that are no images were passed over: {counted(source.passed_over)}"
+        )
     return 0
 
 

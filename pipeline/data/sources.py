@@ -11,8 +11,9 @@ import io
 import itertools
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,6 +59,7 @@ class Source:
     items: list[Item]
     class_names: tuple[str, ...]
     read: Callable[[Item], bytes]  # the image file; called from several threads
+    passed_over: Counter[str] = field(default_factory=Counter)  # files of a folder that count as no images, by kind
 
     @property
     def samples(self) -> Iterator[Sample]:
@@ -99,7 +101,7 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
         items = [replace(i, split="validation") if _uniform(i.key) < validation_share else i for i in items]
     if hold_out:
         items = _held_out(_shuffled(items), hold_out)  # shuffled: two images of one key are refused, not parted
-    return Source(_shuffled(items), source.class_names, source.read)
+    return replace(source, items=_shuffled(items))
 
 
 def shard_tasks(
@@ -196,16 +198,26 @@ def _hash(text: str) -> str:
 
 
 def _folder(root: str) -> Source:
+    if not storage.exists(root):
+        raise SourceError(f"{root} is not there; give the folder in which the images lie")
     found = []
+    passed_over = Counter[str]()
     for name, file in storage.list_files(root).items():
         path = PurePosixPath(name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+            passed_over["hidden"] += 1  # .git, .ipynb_checkpoints, and what macOS adds to an archive
+            continue
         if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            passed_over[path.suffix.lower() or "without extension"] += 1
             continue
         *folders, _ = path.parts
         split = _SPLIT_FOLDERS[folders.pop(0)] if folders and folders[0] in _SPLIT_FOLDERS else "train"
         found.append((path, file, split, folders[0] if folders else ""))
     if not found:
-        raise SourceError(f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}")
+        raise SourceError(
+            f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}; it holds "
+            f"{counted(passed_over) or 'no files'}"
+        )
     class_names = tuple(sorted({name for *_, name in found if name}))
     labels = {name: label for label, name in enumerate(class_names)} | {"": -1}
     items = [
@@ -220,7 +232,12 @@ def _folder(root: str) -> Source:
         )
         for path, file, split, name in found
     ]
-    return Source(items, class_names, _read_file)
+    return Source(items, class_names, _read_file, passed_over)
+
+
+def counted(kinds: Counter[str]) -> str:
+    """The most frequent first: "12 .jfif, 3 hidden"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def _table(url: str) -> Source:

