@@ -58,7 +58,7 @@ class Receipts:
 
 def fingerprint(parts: Iterable[object]) -> str:
     """A short digest of what determines a shard."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _name(shard: str, fingerprint: str) -> str:

