@@ -9,8 +9,9 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def write_shards(
     url = storage.resolve(url)
     open_shards: dict[str, _OpenShard] = {}
     closed: dict[str, list[ShardRows]] = {}
-    with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder:
+    with _temporary_folder() as folder:
         for sample in samples:
             check_sample(sample, class_names)
             done = closed.setdefault(sample.split, [])
@@ -69,7 +70,7 @@ def write_shards(
                 shard = None
             if shard is None:
                 name = f"{sample.split}-{len(done):06d}.tar"
-                shard = open_shards[sample.split] = _OpenShard(name, sample.split, Path(folder))
+                shard = open_shards[sample.split] = _OpenShard(name, sample.split, folder)
             shard.add(sample)
         for split, shard in open_shards.items():
             closed[split].append(shard.close(url))
@@ -104,13 +105,13 @@ def write_tasks(
     url = storage.resolve(url)
     files = storage.list_files(url) if storage.exists(url) else {}
     receipts = Receipts(url, files)
-    with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder, ThreadPoolExecutor(num_threads) as threads:
+    with _temporary_folder() as folder, ThreadPoolExecutor(num_threads) as threads:
 
         def write(task: ShardTask) -> ShardRows:
             finished = receipts.find(task.name, task.fingerprint)
             if finished is not None and files.get(task.name) == Listed(finished.size, finished.version):
                 return finished  # and no other writer has replaced it since
-            shard = _OpenShard(task.name, task.split, Path(folder))
+            shard = _OpenShard(task.name, task.split, folder)
             for sample in task.samples():
                 check_sample(sample, class_names)
                 shard.add(sample)
@@ -132,7 +133,7 @@ def write_tasks(
 
 
 def _finish(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
-    """Commit the manifest if every shard is still what was written. What is left of an earlier set goes before."""
+    """Commit the manifest if every shard is still what was written. What is left of another set goes before."""
     files = storage.list_files(url)
     replaced = [rows.name for rows in shards if files.get(rows.name) != Listed(rows.size, rows.version)]
     if replaced:
@@ -142,6 +143,7 @@ def _finish(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> 
             f"{url}: another writer has replaced or deleted {len(replaced)} of {len(shards)} shards, e.g. "
             f"{replaced[0]}, since this one wrote them; give each writer a folder of its own, and write this set again"
         )
+    storage.delete(storage.join(url, HEADER))  # of a set that came while this one had no shard left to write
     for name in (_earlier_shards(url) & files.keys()) - {rows.name for rows in shards}:
         storage.delete(storage.join(url, name))
     return commit_manifest(url, class_names, shards)
@@ -188,13 +190,34 @@ def check_sample(sample: Sample, class_names: tuple[str, ...]) -> None:
         )
 
 
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with _room_for_shards():
+        folder = tempfile.TemporaryDirectory(prefix="parallax-shards-")
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
+def _room_for_shards() -> Iterator[None]:
+    """Around what writes to the temporary folder: a disk that is full, a limit of file sizes."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write a shard to the temporary folder {tempfile.tempdir or 'of this machine'}: {error}; it "
+            f"takes up to {MAX_SHARD_BYTES // 2**20} MiB for each thread; set TMPDIR to a folder with room"
+        ) from error
+
+
 class _OpenShard:
     """A tar in the making, in a local folder."""
 
     def __init__(self, name: str, split: str, folder: Path) -> None:
         self._rows = ShardRows(name, split)
         self._path = folder / name
-        self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  closed in close()
+        with _room_for_shards():
+            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  closed in close()
 
     def is_full(self, next_bytes: int, max_bytes: int, max_samples: int) -> bool:
         return len(self._rows.columns["key"]) >= max_samples or self._tar.offset + next_bytes > max_bytes
@@ -216,11 +239,13 @@ class _OpenShard:
         info = tarfile.TarInfo(name)
         info.size = len(data)
         info.mode = 0o644
-        self._tar.addfile(info, io.BytesIO(data))
+        with _room_for_shards():
+            self._tar.addfile(info, io.BytesIO(data))
         return self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def close(self, url: str) -> ShardRows:
-        self._tar.close()
+        with _room_for_shards():
+            self._tar.close()
         target = storage.join(url, self._rows.name)
         storage.delete(storage.join(url, HEADER))  # of a set that lies here: its shards are about to be replaced
         storage.upload(self._path, target)

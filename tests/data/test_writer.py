@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -459,6 +461,30 @@ def test_a_set_that_is_replaced_has_no_manifest_until_the_new_one_is_whole_and_l
     assert images_of(manifest) == {path.read_bytes() for path in new.iterdir()}
 
 
+def test_no_manifest_lists_a_shard_that_is_about_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards of ours lie there when theirs, of other names, comes between and is committed."""
+    ours, out = folder_of_images(tmp_path / "ours", 4), tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pipeline.data.writer.commit_manifest", interrupted)
+        finish(ours, out)
+    folder_of_images(tmp_path / "theirs/val", 4, seed=100)
+    theirs = finish(tmp_path / "theirs", tmp_path / "elsewhere")
+    for path in (tmp_path / "elsewhere").iterdir():
+        shutil.copy(path, out)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pipeline.data.writer.commit_manifest", interrupted)
+        finish(ours, out)
+    assert theirs.shards.name[0].startswith("validation-")
+    assert not (out / theirs.shards.name[0]).exists()
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(out))
+    assert images_of(finish(ours, out)) == {path.read_bytes() for path in ours.iterdir()}
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_set_whose_successor_fails_before_its_first_shard_stays(tmp_path: Path) -> None:
     manifest = finish(folder_of_images(tmp_path / "old", 4), tmp_path / "out")
     with pytest.raises(SampleError, match="first dot"):
@@ -608,3 +634,16 @@ def test_torchvision_turns_an_image_as_its_exif_says(tmp_path: Path) -> None:
     Image.fromarray(photo(20, 40)).save(tmp_path / "in/cat/x.jpg", exif=exif)
     (sample,) = open_source(f"torchvision:ImageFolder:{tmp_path / 'in'}").samples
     assert decode(sample.image).shape == decode((tmp_path / "in/cat/x.jpg").read_bytes()).shape == (40, 20, 3)
+
+
+def test_a_temporary_folder_without_room_is_named(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 40)
+    (tmp_path / "temporary").mkdir()
+    command = f"ulimit -f 4; exec {sys.executable} -m jobs.write_shards folder:{images} {tmp_path / 'out'}"
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    ended = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert f"the temporary folder {tmp_path / 'temporary'}: [Errno 27] File too large" in ended.stderr
+    assert "set TMPDIR to a folder with room" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
