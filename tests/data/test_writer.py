@@ -464,16 +464,18 @@ def test_a_set_that_is_replaced_has_no_manifest_until_the_new_one_is_whole_and_l
 def test_no_manifest_lists_a_shard_that_is_about_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All shards of ours lie there when theirs, of other names, comes between and is committed."""
     ours, out = folder_of_images(tmp_path / "ours", 4), tmp_path / "out"
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr("pipeline.data.writer.commit_manifest", interrupted)
-        finish(ours, out)
+        with pytest.raises(KeyboardInterrupt):
+            finish(ours, out)
     folder_of_images(tmp_path / "theirs/val", 4, seed=100)
     theirs = finish(tmp_path / "theirs", tmp_path / "elsewhere")
     for path in (tmp_path / "elsewhere").iterdir():
         shutil.copy(path, out)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr("pipeline.data.writer.commit_manifest", interrupted)
-        finish(ours, out)
+        with pytest.raises(KeyboardInterrupt):
+            finish(ours, out)
     assert theirs.shards.name[0].startswith("validation-")
     assert not (out / theirs.shards.name[0]).exists()
     with pytest.raises(StorageError, match="no manifest"):
