@@ -207,7 +207,9 @@ def _shuffled(items: Iterable[Item]) -> list[Item]:
         if twin is not item and item.origin == twin.origin:
             raise SourceError(f"{item.origin} is listed twice; keep one row of each image")
         if twin is not item:
-            raise SourceError(f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename one")
+            raise SourceError(
+                f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename or drop one"
+            )
     split_order = {"train": 0, "validation": 1}
     return sorted(by_key.values(), key=lambda i: (split_order.get(i.split, 2), i.split, _hash("order" + i.key)))
 
@@ -337,8 +339,10 @@ def _labels(table: pa.Table, url: str) -> list[Any]:
     kind, values = table["label"].type, table["label"].to_pylist()
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise SourceError(f"{url}: the column 'label' is of the type {kind}; a label is a number or text in UTF-8")
-    if url.endswith(".csv") and all(re.fullmatch(_NUMBER, value) for value in values if value):
-        values = [float("nan") if value in ("", "nan", "NaN") else int(value.partition(".")[0]) for value in values]
+    if url.endswith(".csv"):
+        values = [value.strip() for value in values]
+        if all(re.fullmatch(_NUMBER, value) for value in values if value):
+            values = [float("nan") if value in ("", "nan", "NaN") else int(value.partition(".")[0]) for value in values]
     labels = [_label(value) for value in values]
     for row, label in enumerate(labels, start=1):
         if isinstance(label, int) and label < 0:
