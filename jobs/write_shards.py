@@ -13,7 +13,7 @@ import sys
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import open_source, shard_tasks
+from pipeline.data.sources import counted, open_source, shard_tasks
 from pipeline.data.verify import verify
 from pipeline.data.writer import write_tasks
 from pipeline.errors import explained
@@ -31,13 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
         "--hold-out", action="append", type=_share, metavar="SPLIT=SHARE", default=[],
         help="a share of the train split that becomes a split of its own: selection=0.1, to rank a sweep's trials on",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=8, help="shards written or checked at the same time")
+    parser.add_argument("--threads", type=_threads, default=8, help="shards written or checked at the same time")
     parser.add_argument("--verify", action="store_true", help="check every checksum of shards that are there")
     options = parser.parse_args(arguments)
     if options.verify == (options.source is not None):
         parser.error("give a source and a URL, or --verify and a URL")
+    held_out = [split for split, _ in options.hold_out]
+    if twice := [split for split in held_out if held_out.count(split) > 1]:
+        parser.error(f"--hold-out gives two shares for {twice[0]!r}; give one")
     with explained():
         return _verify(options) if options.verify else _write(options)
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads; give 1 or more, e.g. 8")
+    return int(text)
 
 
 def _share(text: str) -> tuple[str, float]:
@@ -61,6 +70,10 @@ def _write(options: argparse.Namespace) -> int:
         )
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")
+    if source.passed_over:
+        print(
+            f"{source.passed_over.total():,} files that are no images were passed over: {counted(source.passed_over)}"
+        )
     return 0
 
 

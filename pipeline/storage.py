@@ -12,8 +12,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def join(url: str, *parts: str) -> str:
 
 def exists(url: str) -> bool:
     """Whether a file, an object or a folder lies at ``url``."""
-    if not is_remote(url):
-        return _local(url).exists()
     with _explained("look at", url):
+        if not is_remote(url):
+            return _local(url).exists()
         fs, path = _remote(url)
         return bool(fs.exists(path))
 
@@ -133,7 +134,9 @@ class Listed:
 def list_files(folder_url: str) -> dict[str, Listed]:
     """Relative name (with ``/`` for what lies deeper) -> every file below a folder, by one listing.
 
-    A folder that is not there is empty. What is being written, or was when its writer was killed, is not in it.
+    A folder that is not there is empty. What is being written, or was when its writer was killed, is not in it. Links
+    are followed; StorageError names one that leads nowhere, and a folder that cannot be read: what they hide would be
+    missing silently.
     """
     with _explained("list", folder_url):
         if is_remote(folder_url):
@@ -144,19 +147,48 @@ def list_files(folder_url: str) -> dict[str, Listed]:
                 for path, info in found.items()
                 if path != root
             }
-        folder = _local(folder_url)
-        found = {}
-        for parent, _, names in os.walk(folder):
-            for file in (Path(parent, name) for name in names if not name.endswith(_PART)):
-                with suppress(FileNotFoundError):  # deleted since the folder was read
-                    stat = file.stat()
-                    found[file.relative_to(folder).as_posix()] = Listed(stat.st_size, str(stat.st_mtime_ns))
-        return found
+        return dict(_listed(str(_local(folder_url)), "", ()))
+
+
+def _listed(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, Listed]]:
+    """The files of a local folder and those below it; ``above``: the folders it lies in, to which a link may lead."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as scan:
+            entries = list(scan)
+    except FileNotFoundError:  # never there, or deleted since its parent was read
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _listed(entry.path, f"{prefix}{entry.name}/", (*above, real))
+        elif not entry.name.endswith(_PART):
+            try:
+                stat = entry.stat()
+            except FileNotFoundError as error:
+                if os.path.islink(entry.path):
+                    raise StorageError(
+                        f"{entry.path} is a link to {os.readlink(entry.path)}, where nothing lies; mend or delete it"
+                    ) from error
+                continue  # deleted since the folder was read
+            yield prefix + entry.name, Listed(stat.st_size, str(stat.st_mtime_ns))
 
 
 def list_sizes(folder_url: str) -> dict[str, int]:
     """``list_files``, without the versions."""
     return {name: file.size for name, file in list_files(folder_url).items()}
+
+
+def look_at(url: str) -> Listed:
+    """What a listing would tell about one file or object. MissingError where there is none."""
+    with _explained("look at", url):
+        if is_remote(url):
+            fs, path = _remote(url)
+            info = fs.info(path)
+            return Listed(int(info["size"]), _version(info))
+        stat = _local(url).stat()
+        return Listed(stat.st_size, str(stat.st_mtime_ns))
 
 
 def delete(url: str) -> None:
@@ -193,7 +225,8 @@ def sign(url: str) -> str:
 def _version(info: dict[str, Any]) -> str:
     """Every fsspec backend has names of its own: S3 and Azure, GCS, HDFS and SFTP, memory."""
     keys = ("ETag", "etag", "LastModified", "updated", "mtime", "created")
-    return next((str(info[key]) for key in keys if info.get(key)), "")
+    value = next((info[key] for key in keys if info.get(key)), "")
+    return str(value.timestamp() if isinstance(value, datetime) else value)  # memory: one in info, one in find
 
 
 def _patience_s(size: int) -> float:

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,11 +52,14 @@ def test_a_listing_tells_when_the_content_has_changed(url: str) -> None:
     assert listed["same"] == before["same"]
     assert listed["deep/changed"].version != before["deep/changed"].version
     assert listed["deep/changed"].size == 4
+    assert {name: storage.look_at(storage.join(url, name)) for name in listed} == listed
 
 
 def test_what_is_missing_or_short_says_so(url: str) -> None:
     with pytest.raises(MissingError, match="nothing of that name"):
         storage.read_bytes(storage.join(url, "nowhere"))
+    with pytest.raises(MissingError, match="nothing of that name"):
+        storage.look_at(storage.join(url, "nowhere"))
     storage.write_bytes(storage.join(url, "x"), b"0123")
     with pytest.raises(ShortError, match="2 of the 4 bytes from 2"):
         storage.read_range(storage.join(url, "x"), 2, 6)
@@ -128,3 +132,46 @@ def test_urls() -> None:
     assert [storage.is_remote(url) for url in ("s3://b", "memory://x", "/x", "file:///x")] == [True, True, False, False]
     with pytest.raises(StorageError, match="s4://"):
         storage.read_bytes("s4://x/y")
+
+
+def test_a_listing_follows_links_to_folders_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "store/deep").mkdir(parents=True)
+    (tmp_path / "store/deep/x").write_bytes(b"0123")
+    (tmp_path / "store/back").symlink_to(tmp_path / "listed")
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed/link").symlink_to(tmp_path / "store")
+    (tmp_path / "listed/again").symlink_to(tmp_path / "store/deep")
+    (tmp_path / "listed/self").symlink_to(tmp_path / "listed")
+    (tmp_path / "listed/file").symlink_to(tmp_path / "store/deep/x")
+    assert storage.list_sizes(str(tmp_path / "listed")) == {"link/deep/x": 4, "again/x": 4, "file": 4}
+    assert storage.list_sizes(str(tmp_path / "nowhere")) == {}
+
+
+def test_a_listing_that_would_miss_something_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"no folder")
+    with pytest.raises(StorageError, match="Not a directory"):
+        storage.list_files(str(tmp_path / "plain"))
+    (tmp_path / "folder").mkdir()
+    for target in ("gone.png", "link.png"):  # nothing, itself
+        (tmp_path / "folder/link.png").symlink_to(target)
+        with pytest.raises(StorageError, match=r"folder/link\.png"):
+            storage.list_files(str(tmp_path / "folder"))
+        (tmp_path / "folder/link.png").unlink()
+
+
+def test_a_listing_of_a_folder_that_cannot_be_read_is_an_error() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        Path(folder).chmod(0o755)
+        secret = Path(folder, "open", "secret")
+        secret.mkdir(parents=True)
+        secret.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)  # root may read everything
+            with pytest.raises(DeniedError, match="open/secret"):
+                storage.list_files(folder)
+            with pytest.raises(DeniedError, match="look at"):
+                storage.exists(f"{folder}/open/secret/x")
+        finally:
+            os.seteuid(user)

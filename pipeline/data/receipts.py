@@ -22,6 +22,7 @@ class ShardRows:
     name: str
     split: str
     size: int = 0
+    version: str = ""  # of the file, as a listing tells it; only of a shard that was written here
     columns: dict[str, list[Any]] = field(
         default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
     )
@@ -43,7 +44,10 @@ class Receipts:
         name = _name(shard, fingerprint)
         if name not in self._names:
             return None
-        return ShardRows(**json.loads(storage.read_bytes(storage.join(self._url, name))))
+        try:
+            return ShardRows(**json.loads(storage.read_bytes(storage.join(self._url, name))))
+        except (ValueError, TypeError):  # empty or cut by a crash of the machine, or another version's
+            return None
 
     def keep(self, rows: ShardRows, fingerprint: str) -> None:
         """For a later attempt."""
@@ -56,7 +60,7 @@ class Receipts:
 
 def fingerprint(parts: Iterable[object]) -> str:
     """A short digest of what determines a shard."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _name(shard: str, fingerprint: str) -> str:

