@@ -22,7 +22,8 @@ class ShardRows:
     name: str
     split: str
     size: int = 0
-    version: str = ""  # of the file, as a listing tells it; only of a shard that was written here
+    version: str = ""  # of the file, as a listing tells it; only of a shard that was written here, as the next
+    crc32: int = 0  # of the whole file
     columns: dict[str, list[Any]] = field(
         default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
     )

@@ -4,19 +4,21 @@ A sample is ``<key>.<ext>`` and, with a label, ``<key>.cls`` beside it, so webda
 shards too. Headers carry no time and no owner: the same samples give the same bytes, hence the same digest.
 """
 
+import functools
 import io
 import re
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deflate import crc32
 
 from pipeline import storage
 from pipeline.data.manifest import HEADER, Manifest, build_manifest, save_manifest
@@ -133,9 +135,12 @@ def write_tasks(
 
 
 def _finish(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
-    """Commit the manifest if every shard is still what was written. What is left of another set goes before."""
+    """Commit the manifest if every shard is still what was written. What is left of another set goes before.
+
+    Several writers of one set, e.g. runs that start together, do each other no harm: they write the same bytes.
+    """
     files = storage.list_files(url)
-    replaced = [rows.name for rows in shards if files.get(rows.name) != Listed(rows.size, rows.version)]
+    replaced = [rows.name for rows in shards if not _is_there(url, rows, files.get(rows.name))]
     if replaced:
         if len(replaced) < len(shards):  # shards of two sets: a manifest of the other writer's is false
             storage.delete(storage.join(url, HEADER))
@@ -143,10 +148,51 @@ def _finish(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> 
             f"{url}: another writer has replaced or deleted {len(replaced)} of {len(shards)} shards, e.g. "
             f"{replaced[0]}, since this one wrote them; give each writer a folder of its own, and write this set again"
         )
-    storage.delete(storage.join(url, HEADER))  # of a set that came while this one had no shard left to write
-    for name in (_earlier_shards(url) & files.keys()) - {rows.name for rows in shards}:
+    leftovers = (_earlier_shards(url) & files.keys()) - {rows.name for rows in shards}
+    if leftovers:
+        storage.delete(storage.join(url, HEADER))
+    for name in leftovers:
         storage.delete(storage.join(url, name))
     return commit_manifest(url, class_names, shards)
+
+
+def _is_there(url: str, rows: ShardRows, file: Listed | None) -> bool:
+    """Whether what lies there is what was written, or the same again."""
+    if file is None or file.size != rows.size:
+        return False
+    return file.version == rows.version or crc32(storage.read_bytes(storage.join(url, rows.name))) == rows.crc32
+
+
+def _make_way(url: str, rows: ShardRows) -> None:
+    """Delete the manifest of a set that has another shard of this name, which is about to be replaced."""
+    header_url = storage.join(url, HEADER)
+    try:
+        manifest = _manifest_there(url, storage.read_bytes(header_url))
+    except storage.MissingError:
+        return
+    if manifest is None or not _lists(manifest, rows):
+        storage.delete(header_url)
+
+
+@functools.lru_cache(maxsize=1)  # asked for each shard
+def _manifest_there(url: str, header: bytes) -> Manifest | None:
+    try:
+        return Manifest.load(url)
+    except StorageError:
+        return None
+
+
+def _lists(manifest: Manifest, rows: ShardRows) -> bool:
+    """Whether a manifest's shard of this name holds these samples."""
+    if rows.name not in manifest.shards.name:
+        return False
+    shard = manifest.shards.name.index(rows.name)
+    first = int(manifest.shards.count[:shard].sum())
+    samples = slice(first, first + int(manifest.shards.count[shard]))
+    return int(manifest.shards.size[shard]) == rows.size and all(
+        np.array_equal(getattr(manifest.samples, column)[samples], rows.columns[column])
+        for column in ("offset", "length", "crc32", "label")
+    )
 
 
 def _earlier_shards(url: str) -> set[str]:
@@ -230,7 +276,7 @@ class _OpenShard:
             ("key", sample.key),
             ("offset", offset),
             ("length", len(sample.image)),
-            ("crc32", zlib.crc32(sample.image)),
+            ("crc32", crc32(sample.image)),
             ("label", sample.label),
         ):
             self._rows.columns[name].append(value)
@@ -247,8 +293,9 @@ class _OpenShard:
         with _room_for_shards():
             self._tar.close()
         target = storage.join(url, self._rows.name)
-        storage.delete(storage.join(url, HEADER))  # of a set that lies here: its shards are about to be replaced
+        self._rows.size, self._rows.crc32 = self._path.stat().st_size, crc32(self._path.read_bytes())
+        _make_way(url, self._rows)
         storage.upload(self._path, target)
-        self._rows.size, self._rows.version = self._path.stat().st_size, storage.look_at(target).version
+        self._rows.version = storage.look_at(target).version
         self._path.unlink()
         return self._rows

@@ -450,6 +450,26 @@ def test_of_two_writers_in_one_folder_the_one_whose_shards_are_gone_says_so(tmp_
     assert images_of(finish(ours, out)) == {path.read_bytes() for path in ours.iterdir()}
 
 
+def test_writers_of_the_same_set_do_each_other_no_harm(tmp_path: Path) -> None:
+    """Several runs that start together write the demo set of their storage: whoever is first, its manifest stays."""
+    images, out = folder_of_images(tmp_path / "images", 8), tmp_path / "out"
+    tasks = shard_tasks(open_source(f"folder:{images}"), max_shard_samples=2)
+
+    def beside_the_other_writer() -> Iterator[Sample]:
+        finish(images, out)
+        yield from tasks[2].samples()
+
+    def while_its_manifest_lies_there() -> Iterator[Sample]:
+        assert verify(Manifest.load(str(out))) == []
+        yield from tasks[3].samples()
+
+    samples = beside_the_other_writer, while_its_manifest_lies_there
+    mixed = [*tasks[:2], *(replace(task, samples=each) for task, each in zip(tasks[2:], samples, strict=True))]
+    manifest = write_tasks(mixed, str(out), class_names=(), num_threads=1)
+    assert images_of(manifest) == {path.read_bytes() for path in images.iterdir()}
+    assert verify(manifest) == []
+
+
 def test_a_set_that_is_replaced_has_no_manifest_until_the_new_one_is_whole_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(folder_of_images(tmp_path / "old", 12), out)
