@@ -40,7 +40,7 @@ Choose = Callable[[str, Entry], float]  # a coordinate for a key: see space.py
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class NoScheduler(_Section):
