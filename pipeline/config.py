@@ -226,7 +226,21 @@ class Config(_Section):
                 f"train.bn_ranks_per_group={group} does not divide cluster.num_workers={workers}; groups that do: "
                 f"{', '.join(str(n) for n in range(1, workers + 1) if workers % n == 0)}"
             )
+        if self.batchnorm_samples < 2:
+            setting = "train.global_bn=false" if not self.train.global_bn else f"train.bn_ranks_per_group={group}"
+            raise ValueError(
+                f"{setting} leaves BatchNorm {self.batchnorm_samples} sample of train.global_batch_size="
+                f"{self.train.global_batch_size} on cluster.num_workers={workers}, and it takes statistics over at "
+                f"least 2; use train.global_bn=true without groups, or train.global_batch_size >= {2 * workers}"
+            )
         return self
+
+    @property
+    def batchnorm_samples(self) -> int:
+        """How many samples BatchNorm takes its statistics over."""
+        workers = self.cluster.num_workers
+        group = (self.train.bn_ranks_per_group or workers) if self.train.global_bn else 1
+        return self.train.global_batch_size // workers * group
 
     @model_validator(mode="after")
     def _method_fits_the_model(self) -> Self:
@@ -293,9 +307,7 @@ class Config(_Section):
             mode="json", include={"epochs", "global_batch_size", "global_bn", "bn_ranks_per_group", "precision"}
         )
         if not self.train.global_bn or self.train.bn_ranks_per_group:
-            per_rank = self.train.global_batch_size // self.cluster.num_workers
-            group = self.train.bn_ranks_per_group if self.train.global_bn else None
-            determining["train"]["bn_samples"] = per_rank * (group or 1)
+            determining["train"]["bn_samples"] = self.batchnorm_samples
         if self.negatives.max_staleness:  # without it both backends have the same trajectory
             determining["negatives"] = {"max_staleness": self.negatives.max_staleness}
         text = json.dumps(determining, sort_keys=True)

@@ -189,7 +189,8 @@ def fit(
 
     meter = _Meter(config, total_steps, loader.steps_per_epoch, start)
     for step, batch in enumerate(meter.timed(loader.batches(start, total_steps)), start):
-        torch.manual_seed(hash((config.seed, step, distributed.rank())))  # dropout, drop path
+        # Dropout and drop path: a resumed run draws the same masks, another number of ranks draws others.
+        torch.manual_seed(hash((config.seed, step, distributed.rank())))
         values = hyperparameters(config, step, loader.steps_per_epoch)
         try:
             metrics = train_step(model, method, optimizer, to_device(batch, config, device), values, config.train)

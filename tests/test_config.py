@@ -128,6 +128,14 @@ def test_every_shipped_config_is_valid() -> None:
             ["bn_ranks_per_group=3", "num_workers=32", "1, 2, 4, 8, 16, 32"],
         ),
         (
+            ["cluster.num_workers=2", "train.global_batch_size=2", "train.global_bn=false"],
+            ["global_bn=false leaves BatchNorm 1 sample of train.global_batch_size=2", "global_batch_size >= 4"],
+        ),
+        (
+            ["cluster.num_workers=4", "train.global_batch_size=4", "train.bn_ranks_per_group=1"],
+            ["bn_ranks_per_group=1 leaves BatchNorm 1 sample", "global_bn=true", "global_batch_size >= 8"],
+        ),
+        (
             ["method.views=[{}, {size: 24}]"],
             ["method.views are of 24 and 32 px", "simclr embeds both in one pass", "method.name=moco_v2"],
         ),
