@@ -152,6 +152,11 @@ def test_every_shipped_config_is_valid() -> None:
         (["train"], ["'train' is not key.sub=value"]),
         (["seed.sub=1"], ["seed"]),
         (["method.views=[{count: 2}]", "method.views.7.flip=0"], ["0 to 0", "'7'"]),
+        (["method.views=[{count: 2}]", "method.views.².flip=1"], ["0 to 0", "'²'"]),
+        (["model.args=&a {x: *a}"], ["model.args=&a", "alias", "part of"]),
+        (["train={epochs: 20, epochs: 30}"], ["holds the key 'epochs' twice"]),
+        (["seed=18446744073709551616"], ["seed", "less than 9223372036854775808", "got 18446744073709551616"]),
+        (["seed=18446744073709551615"], ["seed", "less than"]),
         (["method.views=swav"], ["draws 8 views", "simclr compares 2", "simclr-small", "[{count: 2}]"]),
         (["configs/models/resnet19-32.yaml"], ["cannot read configs/models/resnet19-32.yaml", "resnet18-32.yaml"]),
         (
@@ -166,6 +171,26 @@ def test_a_mistake_is_named_with_what_would_work(minimal: Path, overrides: list[
         load_config(minimal, ["seed=0", *overrides])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 50}\ntrain: {micro_batches: 1}\n", r"holds the key 'train' twice(?s:.*)line 1"),
+        ("model: &a {args: {x: *a}}\n", "alias .* part of"),
+    ],
+)
+def test_yaml_that_loses_settings_or_has_no_end_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_an_alias_and_a_merge_are_yaml_as_ever(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("method: {name: simclr, views: [&v {flip: 0.2}, {<<: *v, flip: 0.3}]}\n")
+    assert [view.flip for view in load_config(path).method.views] == [0.2, 0.3]
 
 
 def test_a_missing_file_lists_the_shipped_configs() -> None:

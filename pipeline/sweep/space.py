@@ -174,7 +174,7 @@ def _descend(node: Any, parts: list[str]) -> Any:
     for part in parts:
         if isinstance(node, Mapping) and part in node:
             node = node[part]
-        elif isinstance(node, list | tuple) and part.isdigit() and int(part) < len(node):
+        elif isinstance(node, list | tuple) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         else:
             return MISSING
