@@ -6,6 +6,7 @@ The alias is resolved once, here; every row names the version. Running the same 
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--split", action="append", help="one of the manifest's splits; repeatable (default: all)")
     parser.add_argument("--batch-size", type=_positive, default=256, help="images per forward pass (default: 256)")
     parser.add_argument("--actors", type=_positive, default=2, help="at most so many encoders at once (default: 2)")
-    parser.add_argument("--gpus-per-actor", type=float, default=0, help="e.g. 1, or 0.5 to share one (default: 0)")
+    parser.add_argument("--gpus-per-actor", type=_share, default=0, help="e.g. 1, or 0.5 to share one (default: 0)")
     parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, else a Ray of our own)")
     arguments = parser.parse_args()
     with explained():
@@ -89,9 +90,19 @@ def embed(arguments: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 0.5 or 1")
+    return value
 
 
 if __name__ == "__main__":

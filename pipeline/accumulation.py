@@ -5,14 +5,17 @@ Summing the gradients of micro-batches' losses is wrong for every loss that comp
 gives each embedding its gradient, and a second pass takes those back through the network, one micro-batch at a time:
 one more forward pass, the memory of one micro-batch.
 
-BatchNorm would take its statistics over micro-batches, another result, so it is refused.
+BatchNorm would take its statistics over micro-batches, and dropout would draw masks for each of them: other results, so
+both are refused.
 """
 
+import inspect
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline import distributed
 from pipeline.data.batch import Batch
@@ -34,6 +37,22 @@ def check_accumulation(method: Method, micro_batches: int) -> None:
             "model and heads without BatchNorm, e.g. model.name=vit_small_patch16_224 with method.name=moco_v2, or "
             "with method.name=simclr and method.projection_bn=false"
         )
+    dropouts = [name for name, module in method.named_modules() if _drops(module)]
+    if micro_batches > 1 and dropouts:
+        rates = [key for key in inspect.signature(type(method.backbone.net)).parameters if "drop" in key]
+        raise AccumulationError(
+            f"train.micro_batches={micro_batches} would draw other masks in {len(dropouts)} layers with dropout "
+            f"({dropouts[0]}, ...), so the run would differ; what works: train.micro_batches=1 with more workers, or "
+            f"model.args with {', '.join(f'{rate}: 0' for rate in rates)}"
+        )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it drops at random what it is given: torch's and timm's layers, and timm's models that do it themselves
+    (a ResNet's drop_rate)."""
+    return (isinstance(module, _DropoutNd) and module.p > 0) or any(
+        getattr(module, rate, None) for rate in ("drop_prob", "drop_rate", "prob")
+    )
 
 
 def backward_in_parts(

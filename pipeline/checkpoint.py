@@ -25,7 +25,7 @@ class TrainState(TypedDict):
     manifest_digest: str
     method: dict[str, Any]  # backbone, heads, momentum encoder, negatives, BN statistics
     optimizer: dict[str, Any]
-    config: str  # YAML, for people
+    config: str  # YAML, for people and for what must not differ
     mlflow_run_id: str
 
 
@@ -73,14 +73,21 @@ class CheckpointStore:
 
     def load(self, step: int) -> TrainState:
         """Read the checkpoint of ``step`` onto the CPU. CheckpointError if its bytes are not those written."""
-        commit = json.loads(storage.read_bytes(self._commit_url(step)))
-        payload = storage.read_bytes(self._payload_url(step))
+        commit_url, payload_url = self._commit_url(step), self._payload_url(step)
+        remedy = f"delete {commit_url} to resume from the one before ({self.steps()[:-1] or 'none'})"
+        try:
+            commit = json.loads(storage.read_bytes(commit_url))
+            size, sha256 = int(commit["size"]), str(commit["sha256"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{commit_url} is damaged, it holds no size and sha256; {remedy}") from error
+        if not storage.exists(payload_url):
+            raise CheckpointError(f"{payload_url} is missing; {remedy}")
+        payload = storage.read_bytes(payload_url)
         digest = hashlib.sha256(payload).hexdigest()
-        if digest != commit["sha256"]:
+        if digest != sha256:
             raise CheckpointError(
-                f"{self._payload_url(step)} is damaged: {len(payload)} bytes with sha256 {digest[:12]}..., "
-                f"written were {commit['size']} with {commit['sha256'][:12]}...; "
-                f"delete {self._commit_url(step)} to resume from the one before ({self.steps()[:-1] or 'none'})"
+                f"{payload_url} is damaged: {len(payload)} bytes with sha256 {digest[:12]}..., "
+                f"written were {size} with {sha256[:12]}...; {remedy}"
             )
         state: TrainState = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         return state

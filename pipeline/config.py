@@ -45,7 +45,7 @@ class ConfigError(UserError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StorageConfig(_Section):
@@ -168,7 +168,7 @@ class Config(_Section):
     """One pretraining run."""
 
     name: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9-]{0,40})?$")  # "" = <method>-<model>-<image size>
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)  # seeds derived from it fit torch's 64 bits
     storage: StorageConfig = StorageConfig()
     data: DataConfig = DataConfig()
     model: BackboneConfig = BackboneConfig()
@@ -226,7 +226,21 @@ class Config(_Section):
                 f"train.bn_ranks_per_group={group} does not divide cluster.num_workers={workers}; groups that do: "
                 f"{', '.join(str(n) for n in range(1, workers + 1) if workers % n == 0)}"
             )
+        if self.batchnorm_samples < 2:
+            setting = "train.global_bn=false" if not self.train.global_bn else f"train.bn_ranks_per_group={group}"
+            raise ValueError(
+                f"{setting} leaves BatchNorm {self.batchnorm_samples} sample of train.global_batch_size="
+                f"{self.train.global_batch_size} on cluster.num_workers={workers}, and it takes statistics over at "
+                f"least 2; use train.global_bn=true without groups, or train.global_batch_size >= {2 * workers}"
+            )
         return self
+
+    @property
+    def batchnorm_samples(self) -> int:
+        """How many samples BatchNorm takes its statistics over."""
+        workers = self.cluster.num_workers
+        group = (self.train.bn_ranks_per_group or workers) if self.train.global_bn else 1
+        return self.train.global_batch_size // workers * group
 
     @model_validator(mode="after")
     def _method_fits_the_model(self) -> Self:
@@ -293,9 +307,7 @@ class Config(_Section):
             mode="json", include={"epochs", "global_batch_size", "global_bn", "bn_ranks_per_group", "precision"}
         )
         if not self.train.global_bn or self.train.bn_ranks_per_group:
-            per_rank = self.train.global_batch_size // self.cluster.num_workers
-            group = self.train.bn_ranks_per_group if self.train.global_bn else None
-            determining["train"]["bn_samples"] = per_rank * (group or 1)
+            determining["train"]["bn_samples"] = self.batchnorm_samples
         if self.negatives.max_staleness:  # without it both backends have the same trajectory
             determining["negatives"] = {"max_staleness": self.negatives.max_staleness}
         text = json.dumps(determining, sort_keys=True)
@@ -335,7 +347,7 @@ def read_mapping(path: str | Path, shipped_in: str = "configs", example: str = "
     """What a YAML file or object holds. ConfigError if it is no mapping; without the file, it lists ``shipped_in``."""
     try:
         text = storage.read_bytes(str(path)) if storage.is_remote(str(path)) else Path(path).read_bytes()
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
     except OSError as error:
         shipped = ", ".join(str(p) for p in sorted(Path(shipped_in).rglob("*.yaml"))) or f"none found in ./{shipped_in}"
         raise ConfigError(f"cannot read {path}: {error.strerror}; configs here: {shipped}") from error
@@ -343,6 +355,30 @@ def read_mapping(path: str | Path, shipped_in: str = "configs", example: str = "
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping such as {example}, not {type(values).__name__}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping holds twice: the last one would win without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(
+                problem=f"a mapping holds the key {twice[0]!r} twice; write what is below both below one",
+                problem_mark=node.start_mark,
+            )
+        return node
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """What YAML holds; yaml.YAMLError also where a key is there twice, or an alias stands for what it is part of."""
+    values = yaml.load(text, _Loader)
+    try:
+        json.dumps(values, default=str, skipkeys=True)
+    except ValueError as error:
+        raise yaml.YAMLError("an alias (*name) stands for what it is part of, without an end; write values") from error
     return values
 
 
@@ -367,13 +403,13 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         node: Any = values
         for depth, (part, child) in enumerate(pairwise(parts)):
             if isinstance(node, dict) and node.get(part) is None:
-                node[part] = _default_list(values, parts[: depth + 1]) if child.isdigit() else {}
+                node[part] = _default_list(values, parts[: depth + 1]) if child.isdecimal() else {}
             node = _step_into(node, part, key)
         last = parts[-1]
         try:
-            value = yaml.safe_load(text)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r}: {text!r} is not a YAML value") from error
+            raise ConfigError(f"override {item!r}: {text!r} is not a YAML value: {error}") from error
         if isinstance(node, list):
             node[_index(node, last, key)] = value
         elif isinstance(node, dict):
@@ -400,7 +436,7 @@ def _default_list(values: dict[str, Any], path: list[str]) -> Any:
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError(f"override {key!r}: the list has the indices 0 to {len(node) - 1}, not {part!r}")
     return int(part)
 
@@ -448,7 +484,7 @@ def _explain(error: ValidationError, values: dict[str, Any], origin: str) -> str
 def _keys_at(path: list[str], values: dict[str, Any]) -> list[str]:
     model: Any = Config
     for depth, part in enumerate(path):
-        if part.isdigit():  # an index into a list: its element type was reached with the list's name
+        if part.isdecimal():  # an index into a list: its element type was reached with the list's name
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

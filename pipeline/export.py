@@ -92,9 +92,7 @@ def export_encoder(
         np.savez(folder / "golden.npz", images=images.numpy(), embeddings=embeddings.numpy())
         check_golden(load_archive(folder / "model.pt2"), folder)
         check_golden(load_with_timm(folder), folder)
-        files = {
-            name: _sha256(folder / name) for name in ("model.pt2", "model.safetensors", "config.json", "golden.npz")
-        }
+        files = {name: _sha256(folder / name) for name in LOADED}
         manifest = BundleManifest(card=card, files=files)
         (folder / "card.json").write_text(manifest.model_dump_json(indent=1))
         (folder / "README.md").write_text(
@@ -120,6 +118,9 @@ def export_encoder(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+LOADED = ("model.pt2", "model.safetensors", "config.json", "golden.npz")
 
 
 class BundleManifest(BaseModel):
@@ -149,13 +150,20 @@ def check_bundle(folder: Path, *, model: Path | None = None) -> BundleManifest:
         manifest = BundleManifest.model_validate_json((folder / "card.json").read_text())
     except FileNotFoundError as error:
         raise ExportError(f"{folder} has no card.json, so it is not an exported encoder") from error
-    paths = {name: folder / name for name in manifest.files}
+    except (OSError, ValueError) as error:  # pydantic's errors and those of UTF-8 are ValueErrors
+        raise ExportError(f"{folder / 'card.json'} is damaged; export the encoder again") from error
+    if manifest.files.keys() != {*LOADED}:
+        raise ExportError(
+            f"{folder / 'card.json'} is damaged: it lists the files {', '.join(manifest.files) or 'none'}, not "
+            f"{', '.join(LOADED)}; export the encoder again"
+        )
+    paths = {name: folder / name for name in (*LOADED, "README.md")}
     if model is not None:
         paths["model.pt2"] = model
     for name, path in paths.items():
         if not path.is_file():
             raise ExportError(f"{path} is missing; export the encoder again")
-        if (found := _sha256(path)) != manifest.files[name]:
+        if name in LOADED and (found := _sha256(path)) != manifest.files[name]:
             raise ExportError(f"{path} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
     return manifest
 

@@ -25,7 +25,7 @@ class OptimError(DeterministicError):
 class OptimConfig(BaseModel):
     """How the weights move. The defaults are SimCLR's: LARS, 0.3 * B / 256, 10 epochs of warm-up, then cosine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
     lr: float = Field(default=0.3, gt=0)  # base; the peak is lr x B/256, lr x sqrt(B) or lr

@@ -45,8 +45,12 @@ def check_method(config: Config) -> None:
 @functools.lru_cache(maxsize=8)  # most trials of a sweep are built alike
 def _built(model: str, sizes: tuple[int, ...], method: MethodConfig) -> Method:
     backbone = _checked_backbone(model, sizes)
-    with torch.device("meta"):
-        return method_class(method.name)(backbone, method)
+    try:
+        with torch.device("meta"):
+            return method_class(method.name)(backbone, method)
+    except (RuntimeError, TypeError) as error:  # sizes beyond those of tensors
+        sizes_given = ", ".join(f"method.{key}={value}" for key, value in method if type(value) is int)
+        raise ConfigError(f"method.name={method.name} cannot be built with {sizes_given}: use smaller sizes") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,7 +69,9 @@ def _try_backbone(config: BackboneConfig, sizes: tuple[int, ...], device: str) -
         try:
             backbone = random_backbone(config, seed=0)
         except Exception as error:
-            raise ConfigError(f"{named} cannot be built: {error}; {_what_works(config)}") from error
+            raise ConfigError(
+                f"{named} cannot be built: {str(error) or type(error).__name__}; {_what_works(config)}"
+            ) from error
         for size in sizes:
             try:
                 features = backbone(torch.zeros(2, 3, size, size))
@@ -152,7 +158,8 @@ def check_splits(config: Config, manifest: Manifest) -> None:
 
 
 def check_batch(config: Config, manifest: Manifest) -> None:
-    """ConfigError unless the training split fills at least one global batch, and fits the method's memory bank."""
+    """ConfigError unless the training split fills a global batch, fits the method's memory bank, and outlasts the
+    warm-up."""
     train = manifest.split("train")
     samples, slots = train.num_samples, getattr(config.method, "num_samples", None)
     if slots is not None and slots < train.first_id + samples:
@@ -165,6 +172,12 @@ def check_batch(config: Config, manifest: Manifest) -> None:
             f"train.global_batch_size={config.train.global_batch_size} is more than the {samples} samples of the "
             f"training split; the largest that {config.cluster.num_workers} workers divide is "
             f"{samples - samples % config.cluster.num_workers}"
+        )
+    steps, epochs = samples // config.train.global_batch_size, config.train.epochs
+    if round(config.optim.warmup_epochs * steps) >= epochs * steps:
+        raise ConfigError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs:g} is rounded to all {epochs * steps} steps of "
+            f"train.epochs={epochs}; use at most optim.warmup_epochs={epochs - 1}"
         )
 
 

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Config, dump
 from pipeline.data.assemble import BadSample
+from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.report import EvaluationReport
 
@@ -49,6 +51,9 @@ class Registration(BaseModel):
     model_uri: str
 
 
+_Mark = TypeVar("_Mark", RunReport, Registration)
+
+
 class Run:
     """One run's folder."""
 
@@ -72,11 +77,8 @@ class Run:
 
     def report(self) -> RunReport | None:
         """What came of the run, if it is evaluated under the present settings."""
-        text = self._read("report.json")
-        if text is None:
-            return None
-        saved = RunReport.model_validate_json(text)
-        return saved if saved.config == self.config.evaluate.of_report() else None
+        saved = self._read("report.json", RunReport)
+        return saved if saved is not None and saved.config == self.config.evaluate.of_report() else None
 
     def save_report(self, report: EvaluationReport, quarantine: tuple[BadSample, ...]) -> None:
         """Mark the evaluation as complete."""
@@ -93,10 +95,9 @@ class Run:
 
     def registration(self) -> Registration | None:
         """The registry entry, if this run is registered where the config says."""
-        text = self._read("registered.json")
-        if text is None:
+        entry = self._read("registered.json", Registration)
+        if entry is None:
             return None
-        entry = Registration.model_validate_json(text)
         wanted = (self.config.tracking_uri, self.config.registry.model_name, self.config.registry.alias)
         return entry if (entry.tracking_uri, entry.name, entry.alias) == wanted else None
 
@@ -117,9 +118,18 @@ class Run:
                 storage.download(storage.join(self.encoder_url, name), str(Path(folder) / name))
             yield Path(folder)
 
-    def _read(self, name: str) -> bytes | None:
+    def _read(self, name: str, kind: type[_Mark]) -> _Mark | None:
         url = storage.join(self.url, name)
-        return storage.read_bytes(url) if storage.exists(url) else None
+        if not storage.exists(url):
+            return None
+        try:
+            return kind.model_validate_json(storage.read_bytes(url))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise UserError(
+                f"{url} is damaged: {'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}; delete it and "
+                "submit the run again, which then repeats the stage that it marks as complete"
+            ) from error
 
     def _write(self, name: str, text: str) -> None:
         storage.write_bytes(storage.join(self.url, name), text.encode())

@@ -18,18 +18,13 @@ from pipeline.config import Config
 from pipeline.data.assemble import BadSample, BadSamplesError, list_of
 from pipeline.data.loader import normalize, read_blocks
 from pipeline.data.manifest import Manifest
-from pipeline.errors import DeterministicError
 from pipeline.evaluate.config import SelectionConfig
 from pipeline.evaluate.knn import knn_predict
-from pipeline.evaluate.report import eval_mode, evenly
+from pipeline.evaluate.report import NonFiniteFeaturesError, eval_mode, evenly
 from pipeline.models.backbone import Backbone
 from pipeline.progress import Progress
 
 METRIC = "selection/knn"
-
-
-class NonFiniteFeaturesError(DeterministicError):
-    """The encoder's features are infinite or not numbers."""
 
 
 @dataclass(frozen=True)

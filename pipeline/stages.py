@@ -14,7 +14,7 @@ from pipeline.model_card import ModelCard
 from pipeline.models.backbone import Backbone
 from pipeline.quarantine import read_quarantine
 from pipeline.runs import Run
-from pipeline.train import build_method
+from pipeline.train import build_method, restore_method
 
 _GOLDEN_IMAGES = 4
 
@@ -62,7 +62,7 @@ def trained_encoder(run: Run) -> Backbone:
     if step is None:
         raise FileNotFoundError(f"{run.checkpoints.url} holds no checkpoint; train the run first")
     method = build_method(run.config)
-    method.load_state_dict(run.checkpoints.load(step)["method"])
+    restore_method(run.checkpoints.load(step), method, run.config)
     return method.backbone.eval()
 
 

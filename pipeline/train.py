@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from pipeline import distributed, schedules, storage
@@ -189,7 +190,8 @@ def fit(
 
     meter = _Meter(config, total_steps, loader.steps_per_epoch, start)
     for step, batch in enumerate(meter.timed(loader.batches(start, total_steps)), start):
-        torch.manual_seed(hash((config.seed, step, distributed.rank())))  # dropout, drop path
+        # Dropout and drop path: a resumed run draws the same masks, another number of ranks draws others.
+        torch.manual_seed(hash((config.seed, step, distributed.rank())))
         values = hyperparameters(config, step, loader.steps_per_epoch)
         try:
             metrics = train_step(model, method, optimizer, to_device(batch, config, device), values, config.train)
@@ -247,7 +249,7 @@ def snapshot(
 def restore(
     state: TrainState, method: Method, optimizer: torch.optim.Optimizer, config: Config, manifest: Manifest
 ) -> None:
-    """Load ``state`` in place. CheckpointError if it was written for other data or another seed.
+    """Load ``state`` in place. CheckpointError if it was written for other data, another seed or another model.
 
     The optimizer's options stay the config's: a run of PBT begins with another run's state under values of its own.
     """
@@ -257,11 +259,40 @@ def restore(
             f"{state['manifest_digest'][:12]}, not seed {config.seed} and shards {manifest.digest[:12]}; "
             "give the run another name"
         )
-    method.load_state_dict(state["method"])
+    restore_method(state, method, config)
     saved = state["optimizer"]
     options = optimizer.state_dict()["param_groups"]
     groups = [own | {"params": old["params"]} for own, old in zip(options, saved["param_groups"], strict=True)]
     optimizer.load_state_dict({**saved, "param_groups": groups})
+
+
+def restore_method(state: TrainState, method: Method, config: Config) -> None:
+    """Load the weights of ``state`` in place. CheckpointError if what they mean is not what ``config`` says."""
+    saved, own = yaml.safe_load(state["config"]) or {}, config.model_dump(mode="json")
+    for section, key in _OF_THE_STATE:
+        old = saved.get(section, {}).get(key, own[section][key])
+        if old != own[section][key]:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} was written for {section}.{key}={old}, not "
+                f"{section}.{key}={own[section][key]}; give the run another name"
+            )
+    try:
+        method.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {state['step']} does not fit method.name={config.method.name} around "
+            f"model.name={config.model.name}: {str(error).splitlines()[-1].strip()} Give the run another name"
+        ) from error
+
+
+# What a checkpoint's tensors and steps depend on; all else may differ where PBT adopts one.
+_OF_THE_STATE = (
+    ("model", "name"),
+    ("model", "args"),
+    ("method", "name"),
+    ("optim", "name"),
+    ("train", "global_batch_size"),
+)
 
 
 def _mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -54,6 +54,24 @@ def test_damage_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
         store.load(6)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"size": 1}', "\xff"])
+def test_a_damaged_commit_is_an_error_that_says_how_to_go_on(tmp_path: Path, text: str) -> None:
+    store = CheckpointStore(str(tmp_path))
+    store.save(state(5))
+    store.save(state(6))
+    (tmp_path / "step-000000006.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"step-000000006\.json is damaged.*delete .*000006\.json .*\[5\]"):
+        store.load(6)
+
+
+def test_a_missing_payload_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    store.save(state(6))
+    (tmp_path / "step-000000006.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"step-000000006\.pt is missing; delete .*000006\.json .*none"):
+        store.load(6)
+
+
 def test_loading_never_unpickles_code(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[object, tuple[str]]:

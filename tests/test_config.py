@@ -128,13 +128,35 @@ def test_every_shipped_config_is_valid() -> None:
             ["bn_ranks_per_group=3", "num_workers=32", "1, 2, 4, 8, 16, 32"],
         ),
         (
+            ["cluster.num_workers=2", "train.global_batch_size=2", "train.global_bn=false"],
+            ["global_bn=false leaves BatchNorm 1 sample of train.global_batch_size=2", "global_batch_size >= 4"],
+        ),
+        (
+            ["cluster.num_workers=4", "train.global_batch_size=4", "train.bn_ranks_per_group=1"],
+            ["bn_ranks_per_group=1 leaves BatchNorm 1 sample", "global_bn=true", "global_batch_size >= 8"],
+        ),
+        (
             ["method.views=[{}, {size: 24}]"],
             ["method.views are of 24 and 32 px", "simclr embeds both in one pass", "method.name=moco_v2"],
         ),
+        (["method.temperature=1e-3"], ["temperature=0.001", "below 0.0015", "temperature >= 0.0015, e.g. 0.1"]),
+        (
+            ["method={name: moco_v1, temperature: 0.07, hardness: 99}"],
+            ["temperature=0.07 / (1 + method.hardness=99)", "temperature >= 0.15"],
+        ),
+        (["optim.warmup_epochs=.inf"], ["optim.warmup_epochs", "finite number", "got inf"]),
+        (["optim.lr=.inf"], ["optim.lr", "finite number", "got inf"]),
+        (["method.hardness=.inf"], ["method.hardness", "finite number", "got inf"]),
+        (["evaluate.selection={knn_temperature: .inf}"], ["knn_temperature", "finite number", "got inf"]),
         (["name=Has Spaces"], ["name", "Has Spaces"]),
         (["train"], ["'train' is not key.sub=value"]),
         (["seed.sub=1"], ["seed"]),
         (["method.views=[{count: 2}]", "method.views.7.flip=0"], ["0 to 0", "'7'"]),
+        (["method.views=[{count: 2}]", "method.views.².flip=1"], ["0 to 0", "'²'"]),
+        (["model.args=&a {x: *a}"], ["model.args=&a", "alias", "part of"]),
+        (["train={epochs: 20, epochs: 30}"], ["holds the key 'epochs' twice"]),
+        (["seed=18446744073709551616"], ["seed", "less than 9223372036854775808", "got 18446744073709551616"]),
+        (["seed=18446744073709551615"], ["seed", "less than"]),
         (["method.views=swav"], ["draws 8 views", "simclr compares 2", "simclr-small", "[{count: 2}]"]),
         (["configs/models/resnet19-32.yaml"], ["cannot read configs/models/resnet19-32.yaml", "resnet18-32.yaml"]),
         (
@@ -149,6 +171,26 @@ def test_a_mistake_is_named_with_what_would_work(minimal: Path, overrides: list[
         load_config(minimal, ["seed=0", *overrides])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 50}\ntrain: {micro_batches: 1}\n", r"holds the key 'train' twice(?s:.*)line 1"),
+        ("model: &a {args: {x: *a}}\n", "alias .* part of"),
+    ],
+)
+def test_yaml_that_loses_settings_or_has_no_end_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_an_alias_and_a_merge_are_yaml_as_ever(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("method: {name: simclr, views: [&v {flip: 0.2}, {<<: *v, flip: 0.3}]}\n")
+    assert [view.flip for view in load_config(path).method.views] == [0.2, 0.3]
 
 
 def test_a_missing_file_lists_the_shipped_configs() -> None:

@@ -97,6 +97,30 @@ def test_a_damaged_or_missing_file_is_named(bundle: Path, tmp_path: Path, name: 
         check_bundle(copy)
 
 
+def test_a_missing_card_for_people_is_named(bundle: Path, tmp_path: Path) -> None:
+    copy = of_another_run(bundle, tmp_path / "copy", "x")
+    (copy / "README.md").unlink()
+    with pytest.raises(ExportError, match=r"README\.md is missing"):
+        check_bundle(copy)
+
+
+@pytest.mark.parametrize("damage", [b"{", b"\xff", None])
+def test_a_damaged_card_is_named(bundle: Path, tmp_path: Path, damage: bytes | None) -> None:
+    card = of_another_run(bundle, tmp_path / "copy", "x") / "card.json"
+    text = card.read_text()
+    card.unlink()
+    if damage is None:
+        card.mkdir()
+    else:
+        card.write_bytes(damage)
+    with pytest.raises(ExportError, match=r"card\.json is damaged; export"):
+        check_bundle(card.parent)
+    if damage is not None:
+        card.write_text(json.dumps(json.loads(text) | {"files": {}}))
+        with pytest.raises(ExportError, match=r"card\.json is damaged: it lists the files none, not model\.pt2"):
+            check_bundle(card.parent)
+
+
 def test_golden_check_catches_other_weights_and_another_mean(bundle: Path, tmp_path: Path) -> None:
     check_golden(load_archive(bundle / "model.pt2"), bundle)
     random = timm.create_model(f"local-dir:{bundle}", pretrained=False).eval()

@@ -8,9 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from pipeline.config import load_config, override
+from pipeline.config import ConfigError, load_config, override
+from pipeline.data.writer import Sample, write_shards
 from pipeline.errors import UserError
-from pipeline.preflight import check_method
+from pipeline.preflight import check_batch, check_method
 from tests.methods.invariance import CONFIGS
 
 VIT = ["model={name: vit_tiny_patch16_224, args: {img_size: 32, patch_size: 8, depth: 1}, image_size: 32}"]
@@ -35,6 +36,12 @@ def test_every_recipe_passes(path: Path) -> None:
         (
             ["method={name: byol, views: simclr}", "optim.constant_lr=[momentum_head]"],
             ["'momentum_head'", "are trained are backbone, projection_head, predictor"],
+        ),
+        (["model.args={checkpoint_path: /nope}"], ["checkpoint_path", "cannot be built: FileNotFoundError;"]),
+        (["method.projection_dim=1000000000000000000"], ["method.projection_dim=1000000000000000000", "smaller"]),
+        (
+            ["method={name: moco_v2, queue_size: 100000000000000000000}"],
+            ["method.queue_size=100000000000000000000", "smaller"],
         ),
         (["train.micro_batches=2"], ["micro_batches=2", "BatchNorm", "projection_bn=false"]),
         ([*VIT, "train.micro_batches=2"], ["micro_batches=2", "2 BatchNorm", "projection_head"]),
@@ -69,3 +76,11 @@ def test_an_architecture_that_cannot_be_built_without_values_is_tried_for_real(m
 
     monkeypatch.setattr(timm, "create_model", reads_a_value)
     check_method(load_config("configs/quickstart.yaml", ["model.args={channels: [4, 4, 4, 8]}"]))
+
+
+def test_a_warmup_that_is_rounded_to_the_whole_run_is_refused(tmp_path: Path) -> None:
+    config = load_config("configs/quickstart.yaml", ["train.global_batch_size=4", "train.epochs=3"])
+    manifest = write_shards((Sample(str(i), b"an image", "jpg", "train") for i in range(8)), str(tmp_path))
+    check_batch(override(config, ["optim.warmup_epochs=2.7"]), manifest)
+    with pytest.raises(ConfigError, match=r"warmup_epochs=2\.9 is rounded to all 6 steps.*at most .*warmup_epochs=2"):
+        check_batch(override(config, ["optim.warmup_epochs=2.9"]), manifest)

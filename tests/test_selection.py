@@ -14,12 +14,12 @@ from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import normalize, read_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.writer import Sample, write_shards
-from pipeline.evaluate.report import eval_mode
+from pipeline.evaluate.report import NonFiniteFeaturesError, eval_mode
 from pipeline.methods.base import Method
 from pipeline.models.backbone import Backbone
 from pipeline.preflight import prepare_data
 from pipeline.progress import Progress
-from pipeline.selection import METRIC, NonFiniteFeaturesError, Selection, read_scores
+from pipeline.selection import METRIC, Selection, read_scores
 from pipeline.train import build_method
 from tests import gloo
 from tests.data.images import photos, write_digits

@@ -92,6 +92,26 @@ def test_a_checkpoint_of_other_data_is_refused(config: Config, tmp_path: Path) -
         run(override(config, ["train.epochs=1", "seed=5"]), str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.args={channels: [4, 8, 8, 8]}", r"model.args={'channels': \[4, 8, 8, 16\]}, not .* another name"),
+        ("optim.name=adamw", r"optim.name=lars, not optim.name=adamw; give the run another name"),
+        ("train.global_batch_size=50", r"global_batch_size=100, not .*=50"),
+        (
+            "method.projection_dim=16",
+            r"does not fit method.name=simclr .*: size mismatch for projection_head.* Give the run",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(
+    config: Config, tmp_path: Path, change: str, message: str
+) -> None:
+    run(override(config, ["train.epochs=1"]), str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        run(override(config, [change]), str(tmp_path))
+
+
 def test_options_of_a_restored_optimizer_are_the_config_s(config: Config, tmp_path: Path) -> None:
     """A run of PBT begins with another run's weights and momentum, under values of its own."""
     run(override(config, ["train.epochs=1"]), str(tmp_path))

@@ -15,6 +15,7 @@ import ray.train.torch
 import torch
 import yaml
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -119,7 +120,12 @@ def evaluate(config: Config, manifest: Manifest, git_sha: str) -> None:
     """Evaluate and export the trained encoder in a task with one worker's resources."""
     resources = _resources(config)
     task = _evaluate_task.options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
-    ray.get(task.remote(config, manifest.url, git_sha))
+    try:
+        ray.get(task.remote(config, manifest.url, git_sha))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None  # its message alone, without the task's stack trace
+        raise
 
 
 def _resources(config: Config) -> dict[str, float]:

@@ -22,9 +22,10 @@ from pipeline.cluster.inbox import Addressed, Report, Started
 from pipeline.cluster.trainer import pretrain
 from pipeline.collapse import CollapseError, NonFiniteLossError
 from pipeline.data.manifest import Manifest
+from pipeline.evaluate.report import NonFiniteFeaturesError
 from pipeline.progress import Progress
 from pipeline.runs import Run
-from pipeline.selection import METRIC, NonFiniteFeaturesError, read_scores
+from pipeline.selection import METRIC, read_scores
 from pipeline.sweep.config import Sweep
 from pipeline.sweep.results import Status
 

@@ -14,7 +14,7 @@ from pipeline.evaluate.knn import TEMPERATURE
 class SelectionConfig(BaseModel):
     """Weighted kNN while training, on a split that neither trains nor is in the final report: what a sweep ranks by."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     split: str = "selection"
     every_epochs: int = Field(default=1, ge=1)  # and after the last
@@ -42,7 +42,7 @@ class SelectionConfig(BaseModel):
 class EvaluateConfig(BaseModel):
     """Weighted kNN and linear probe on frozen features; every representation compared gets the same treatment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     batch_size: int = Field(default=256, ge=1)  # images per forward pass
     # At most so many labelled train images, evenly spaced, are the bank and train the probe; None: all. A probe of

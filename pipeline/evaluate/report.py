@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.data.assemble import MAX_BAD_SHARE
 from pipeline.data.loader import normalize, read_images
 from pipeline.data.manifest import Manifest
+from pipeline.errors import DeterministicError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.diagnostics import alignment, embedding_std, rank_me, uniformity
 from pipeline.evaluate.knn import knn_predict
@@ -37,6 +38,10 @@ _LABELS = {
     "uniformity": "uniformity (0 collapsed)",
 }
 _REPRESENTATIONS = ("encoder", "random_init", "raw_pixels")
+
+
+class NonFiniteFeaturesError(DeterministicError):
+    """The encoder's features are infinite or not numbers."""
 
 
 class EvaluationReport(BaseModel):
@@ -103,7 +108,7 @@ def evaluate_encoder(
     that cannot be decoded are left out, at most ``max_bad_share`` of a split. The notes count both.
     The diagnostics use at most 8192 images, evenly spaced over the validation split (the first of the train split
     if there is none); the positive of an image for ``alignment`` is its central 7/8, enlarged to full size.
-    Raises ValueError on features that are not finite.
+    Raises NonFiniteFeaturesError.
     """
     encoders: dict[str, nn.Module] = {"encoder": backbone}
     if baselines:
@@ -237,7 +242,10 @@ def _encode(
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     for name, values in joined.items():
         if not values.isfinite().all():
-            raise ValueError(f"features of {name} are not finite; its weights or BatchNorm statistics diverged")
+            raise NonFiniteFeaturesError(
+                f"features of {name} are not finite: its weights or BatchNorm statistics have diverged; try a smaller "
+                "optim.lr, or more optim.warmup_epochs"
+            )
     return _Encoded(torch.cat([i for i, _ in found]), torch.cat([y for _, y in found]), joined)
 
 

@@ -1,8 +1,8 @@
 """Two corrections of a contrastive loss's sum over negatives: debiased (arXiv:2007.00224), hard (arXiv:2010.04592)."""
 
-import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -37,9 +37,11 @@ def corrected(
 def _debiased(own: Tensor, others: Tensor, counts: Tensor, temperature: float, positive_prior: float) -> Tensor:
     """log max((e^others - tau+ N e^own) / (1 - tau+), N e^{-1/T}), each (B,).
 
-    Relative to the largest logit, 1/T, so that nothing overflows; in float64, so that the floor, e^{-2/T}, is no 0.
+    Relative to the largest logit, 1/T, so that nothing overflows; the floor as a logarithm, so that it is no 0.
     """
+    tiny = torch.finfo(torch.float64).tiny  # whose logarithm has a slope, which that of 0 has not
     largest = 1 / temperature
     own, others = own.double() - largest, others.double() - largest
     debiased = (others.exp() - positive_prior * counts * own.exp()) / (1 - positive_prior)
-    return debiased.clamp(min=counts * math.exp(-2 * largest)).log() + largest
+    floor = counts.log() - 2 * largest
+    return torch.where(debiased > tiny, debiased.clamp(min=tiny).log(), floor).clamp(min=floor) + largest

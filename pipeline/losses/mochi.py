@@ -15,7 +15,7 @@ from torch import Tensor
 class MochiConfig(BaseModel):
     """The paper's (1024, 1024, 128) for ImageNet, from some steps on: early queries know no hard negatives."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     hardest: int = Field(default=1024, ge=1)  # N: the most similar negatives, from which all are mixed
     mixed: int = Field(default=1024, ge=0)  # s: of two of them

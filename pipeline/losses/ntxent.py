@@ -72,7 +72,8 @@ class _LogSumExpOfNegatives(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         scaled, sums = ctx.saved_tensors
-        weights = grad / sums  # d loss / d exp_ij by way of the sum of row i
+        # d loss / d exp_ij by way of the sum of row i; one that underflowed has a slope of 0, as its exponentials have
+        weights = grad / sums.clamp(min=torch.finfo(sums.dtype).tiny)
         grad_rows = torch.zeros(scaled.shape, dtype=sums.dtype, device=sums.device)
         for a, b, exp in _tiles(scaled, ctx.local, sums.dtype):
             # exp_ij is in the sums of row i and, mirrored, of row j

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST_LOGIT = 60.0  # exp(60) * 1e6 and exp(-60) are normal float32 numbers
+SMALLEST_TEMPERATURE = 0.0015  # exp(1 / 0.0015) * 1e18 and exp(-1 / 0.0015) are normal float64 numbers
 
 
 def full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -5,27 +5,41 @@ by name. It knows nothing of Ray, files, optimizers or schedules.
 """
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.data.views import RECIPES, View, named_views
+from pipeline.losses.precision import SMALLEST_TEMPERATURE
 from pipeline.models.backbone import Backbone, BackboneConfig
 
 
 class MethodConfig(BaseModel):
     """What every method is configured by. A method subclasses it and adds its own hyper-parameters."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     views: tuple[View, ...]  # a list of views, or the name of a recipe in pipeline/data/views.py
 
     _named_views = field_validator("views", mode="before")(named_views)
+
+    @model_validator(mode="after")
+    def _exponentials_fit(self) -> Self:
+        temperature, hardness = getattr(self, "temperature", 1.0), getattr(self, "hardness", 0.0)
+        if temperature / (1 + hardness) < SMALLEST_TEMPERATURE:
+            hard = f" / (1 + method.hardness={hardness:g})" if hardness else ""
+            smallest = math.ceil(1e4 * SMALLEST_TEMPERATURE * (1 + hardness)) / 1e4
+            raise ValueError(
+                f"method.temperature={temperature:g}{hard} is below {SMALLEST_TEMPERATURE}, where exponentials of "
+                f"similarities leave float64; use method.temperature >= {smallest:g}, e.g. {max(0.1, smallest):g}"
+            )
+        return self
 
     def check(self, model: BackboneConfig) -> None:
         """ValueError, when a config is read, if the method cannot be built around ``model`` or take these views."""

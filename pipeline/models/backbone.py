@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class BackboneConfig(BaseModel):
     """Which timm architecture, with which stem, at which input size."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = "resnet50"
     args: dict[str, Any] = Field(

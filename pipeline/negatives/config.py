@@ -12,7 +12,7 @@ class NegativesConfig(BaseModel):
     the slots of a bank, of which no rank does.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     backend: Literal["local", "service"] = "local"
     num_shards: int = Field(default=1, ge=1, le=256)  # actors, spread over the nodes

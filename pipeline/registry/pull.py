@@ -14,7 +14,7 @@ import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.export import check_bundle
+from pipeline.export import ExportError, check_bundle
 from pipeline.registry.tracking import RegistryError, connect, server_errors
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))")
@@ -67,14 +67,24 @@ def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
     if out_dir.exists():
         raise RegistryError(f"{out_dir} exists already; name a folder that does not, e.g. {_free(out_dir)}")
     resolved = resolve(model_uri, tracking_uri)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    except OSError as error:
+        raise RegistryError(
+            f"{out_dir} cannot be made: {error.strerror}; name a folder below one that you may write to, e.g. "
+            f"{Path.cwd() / 'encoder'}"
+        ) from error
     try:
         with server_errors(tracking_uri):
             mlflow.artifacts.download_artifacts(artifact_uri=resolved.source, dst_path=str(folder))
         check_bundle(folder / "extra_files", model=folder / "data" / "model.pt2")
         folder.chmod(0o755)
         os.rename(folder, out_dir)
+    except ExportError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        in_entry = str(error).replace(f"{folder}/", "")
+        raise ExportError(f"{resolved.name} version {resolved.version} in {tracking_uri}: {in_entry}") from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

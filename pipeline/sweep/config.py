@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from pipeline.config import Config, dump, load_config, override, read_mapping
+from pipeline.config import Config, dump, load_config, load_yaml, override, read_mapping
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch, check_method
@@ -40,7 +40,7 @@ Choose = Callable[[str, Entry], float]  # a coordinate for a key: see space.py
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class NoScheduler(_Section):
@@ -400,7 +400,7 @@ def _set(values: dict[str, Any], argument: str) -> None:
     if not separator or not key:
         raise SweepError(f"{argument!r} is not sweep.key=value; e.g. sweep.trials=8")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise SweepError(f"{argument!r}: {text!r} is not a YAML value") from error
     section, _, rest = key.partition(".")

@@ -30,7 +30,7 @@ class Entry(BaseModel):
     arXiv:2006.07733): ``{scale_one_minus: 0.004, with: train.global_batch_size, at: 4096}`` is 1 - 0.004 * B / 4096.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
     grid: tuple[JsonValue, ...] | None = None  # values in order
     choice: tuple[JsonValue, ...] | None = None  # values without an order
@@ -174,7 +174,7 @@ def _descend(node: Any, parts: list[str]) -> Any:
     for part in parts:
         if isinstance(node, Mapping) and part in node:
             node = node[part]
-        elif isinstance(node, list | tuple) and part.isdigit() and int(part) < len(node):
+        elif isinstance(node, list | tuple) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         else:
             return MISSING

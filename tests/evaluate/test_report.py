@@ -14,7 +14,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.sources import open_source
 from pipeline.data.writer import Sample, write_shards
 from pipeline.evaluate.config import EvaluateConfig
-from pipeline.evaluate.report import EvaluationReport, evaluate_encoder
+from pipeline.evaluate.report import EvaluationReport, NonFiniteFeaturesError, evaluate_encoder
 from pipeline.models.backbone import Backbone, BackboneConfig, random_backbone
 
 TRAIN, VALIDATION = 300, 100
@@ -199,5 +199,5 @@ def test_features_that_are_not_finite_stop_the_evaluation(manifest: Manifest) ->
     backbone = tiny_backbone()
     with torch.no_grad():
         next(backbone.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="features of encoder are not finite"):
+    with pytest.raises(NonFiniteFeaturesError, match="features of encoder are not finite"):
         evaluate(backbone, manifest)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.losses import infonce
 from pipeline.losses.infonce import info_nce, log_sum_exp_similarity
+from pipeline.losses.precision import SMALLEST_TEMPERATURE
 
 
 def _rows(n: int, seed: int, dim: int = 16) -> Tensor:
@@ -105,3 +106,13 @@ def test_equals_lightlys_loss_with_a_memory_bank() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
     gradients = [torch.autograd.grad(value, query, retain_graph=True)[0] for value in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_the_debiased_floor_does_not_underflow_at_the_smallest_temperature() -> None:
+    """All keys opposite to the query: N negatives at the floor, N e^{-1/T}, and the positive as far away."""
+    query = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = info_nce(query, -query, -query.detach().expand(5, 2), SMALLEST_TEMPERATURE, positive_prior=0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(6))
+    assert query.grad is not None
+    assert query.grad.isfinite().all()

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.losses import ntxent as module
 from pipeline.losses.ntxent import ntxent
+from pipeline.losses.precision import SMALLEST_TEMPERATURE
 from tests import gloo
 
 
@@ -69,6 +70,22 @@ def test_debiased_and_hard_losses_equal_the_release_of_hcl(
     expected = _loss_and_gradients(_corrected_oracle(z1, z2, 0.3, positive_prior, hardness), z1, z2)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+def test_sums_that_underflow_have_a_finite_gradient() -> None:
+    z = torch.tensor([[1.0, 0.1], [-1.0, -0.1]], requires_grad=True)
+    loss, gradient = _loss_and_gradients(ntxent(z, z, 0.001), z)
+    assert loss == 0
+    assert gradient.isfinite().all()
+
+
+def test_the_smallest_temperature_is_exact_on_alike_and_on_opposite_samples() -> None:
+    rows = torch.tensor([[1.0, 0.2], [-1.0, -0.2], [1.0, 0.2], [0.3, -1.0]], dtype=torch.float64)
+    z1, z2 = rows.clone().requires_grad_(), rows.flip(0).requires_grad_()
+    actual = _loss_and_gradients(ntxent(z1, z2, SMALLEST_TEMPERATURE), z1, z2)
+    expected = _loss_and_gradients(_oracle(z1, z2, SMALLEST_TEMPERATURE), z1, z2)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
 def test_the_corrected_loss_is_finite_in_float32_at_small_temperatures() -> None:
