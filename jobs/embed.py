@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from pipeline import storage
 from pipeline.archive import load_archive
+from pipeline.arguments import positive
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError, explained
@@ -32,8 +33,8 @@ def main() -> None:
         help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
     )
     parser.add_argument("--split", action="append", help="one of the manifest's splits; repeatable (default: all)")
-    parser.add_argument("--batch-size", type=_positive, default=256, help="images per forward pass (default: 256)")
-    parser.add_argument("--actors", type=_positive, default=2, help="at most so many encoders at once (default: 2)")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images per forward pass (default: 256)")
+    parser.add_argument("--actors", type=positive, default=2, help="at most so many encoders at once (default: 2)")
     parser.add_argument("--gpus-per-actor", type=_share, default=0, help="e.g. 1, or 0.5 to share one (default: 0)")
     parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, else a Ray of our own)")
     arguments = parser.parse_args()
@@ -87,12 +88,6 @@ def embed(arguments: argparse.Namespace) -> None:
 {done.shards} shards are embedded by {encoder.name} version {encoder.version}
   files  {out_url}/*.parquet
   read   pyarrow.parquet.read_table("{out_url}"): sample_id, embedding, model_name, model_version""")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def _share(text: str) -> float:

@@ -9,6 +9,7 @@ import sys
 
 from tqdm import tqdm
 
+from pipeline.arguments import positive
 from pipeline.data.foreign import index_shards
 from pipeline.errors import explained
 
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m jobs.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
-    parser.add_argument("--threads", type=_positive, default=8, help="shards walked at the same time")
+    parser.add_argument("--threads", type=positive, default=8, help="shards walked at the same time")
     options = parser.parse_args(arguments)
     with explained(), tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
@@ -39,12 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"{indexed.bad_label}"
         )
     return 0
-
-
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of threads; it is at least 1, e.g. 8")
 
 
 if __name__ == "__main__":

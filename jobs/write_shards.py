@@ -12,6 +12,7 @@ import sys
 
 from tqdm import tqdm
 
+from pipeline.arguments import positive
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import counted, open_source, shard_tasks
 from pipeline.data.verify import verify
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--hold-out", action="append", type=_share, metavar="SPLIT=SHARE", default=[],
         help="a share of the train split that becomes a split of its own: selection=0.1, to rank a sweep's trials on",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_threads, default=8, help="shards written or checked at the same time")
+    parser.add_argument("--threads", type=positive, default=8, help="shards written or checked at the same time")
     parser.add_argument("--verify", action="store_true", help="check every checksum of shards that are there")
     options = parser.parse_args(arguments)
     if options.verify == (options.source is not None):
@@ -41,12 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--hold-out gives two shares for {twice[0]!r}; give one")
     with explained():
         return _verify(options) if options.verify else _write(options)
-
-
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads; give 1 or more, e.g. 8")
-    return int(text)
 
 
 def _share(text: str) -> tuple[str, float]:

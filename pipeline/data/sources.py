@@ -290,10 +290,7 @@ def _table(url: str) -> Source:
         try:
             stat = Path(storage.resolve(origin)).stat()
             size, version = stat.st_size, str(stat.st_mtime_ns)
-        except (
-            OSError,
-            ValueError,
-        ):  # remote, where asking for each takes too long, or missing, which reading it tells
+        except (OSError, ValueError):  # remote: asking for each takes too long; or missing: reading it tells
             size, version = 100_000, ""
         items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin, version))
     return Source(items, class_names, _read_file)

@@ -203,7 +203,7 @@ def test_what_is_no_label_is_told(
 def test_the_job_refuses_no_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         job.main([str(tmp_path), f"--threads={threads}"])
-    assert f"{threads!r} is no number of threads; it is at least 1" in capsys.readouterr().err
+    assert f"{threads!r} is not a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_splits_from_names_train_first(tmp_path: Path) -> None:

@@ -355,8 +355,8 @@ def test_verify_names_shards_and_samples(tmp_path: Path, capsys: pytest.CaptureF
             ([f"torchvision:{name}:{{tmp}}", "{tmp}/out"], f"no dataset '{name}' of files; e.g. torchvision:CIFAR10")
             for name in ("NoSuch", "folder", "__name__", "VisionDataset", "FakeData")
         ),
-        (["folder:{tmp}", "{tmp}/out", "--threads", "0"], "'0' is no number of threads; give 1 or more"),
-        (["--verify", "{tmp}", "--threads=-1"], "'-1' is no number of threads"),
+        (["folder:{tmp}", "{tmp}/out", "--threads", "0"], "'0' is not a whole number from 1 on, e.g. 8"),
+        (["--verify", "{tmp}", "--threads=-1"], "'-1' is not a whole number from 1 on"),
         (["folder:{tmp}", "{tmp}/out", "--hold-out", "s=0.5", "--hold-out", "s=0.6"], "two shares for 's'"),
         (["--verify", "{tmp}"], "jobs.index"),
     ],
