@@ -7,10 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline.arguments import positive
 from pipeline.config import load_config
 from pipeline.data.preview import view_grid
-from pipeline.errors import explained
-from pipeline.preflight import prepare_data
+from pipeline.errors import UserError, explained
+from pipeline.preflight import prepare_shards
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,13 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="override", help="train.epochs=5, or configs/models/<name>.yaml"
     )
-    parser.add_argument("--rows", type=int, default=8, help="images")
+    parser.add_argument("--rows", type=positive, default=8, help="images")
     options = parser.parse_args(arguments)
     with explained():
         config = load_config(options.config, options.overrides)
-        manifest = prepare_data(config)
+        manifest = prepare_shards(config)
         png = view_grid(manifest, config.method.views, config.model.image_size, config.seed, options.rows)
-        options.png.write_bytes(png)
+        try:
+            options.png.write_bytes(png)
+        except OSError as error:
+            raise UserError(f"cannot write {options.png}: {error.strerror}; is there such a folder?") from error
     print(f"{options.png}: {options.rows} images of {manifest.url}")
     return 0
 

@@ -99,9 +99,21 @@ def _what_works(config: BackboneConfig) -> str:
 
 
 def prepare_data(config: Config) -> Manifest:
-    """The manifest of the run's shards; with ``data.source``, shards that are not there yet are written first.
+    """The manifest of the run's shards, as ``prepare_shards`` has it, with all that the run needs of them.
 
     Raises ConfigError or storage.StorageError: no shards and no source, a missing shard, too few samples.
+    """
+    manifest = prepare_shards(config)
+    manifest.verify_present()
+    check_splits(config, manifest)
+    check_batch(config, manifest)
+    return manifest
+
+
+def prepare_shards(config: Config) -> Manifest:
+    """The manifest of the config's shards; with ``data.source``, shards that are not there yet are written first.
+
+    Raises ConfigError or storage.StorageError: no shards and no source.
     """
     url = config.shards_url
     if not storage.exists(storage.join(url, "manifest.json")):
@@ -112,11 +124,7 @@ def prepare_data(config: Config) -> Manifest:
             )
         source = open_source(config.data.source, hold_out=config.data.hold_out)
         write_shards(source.samples, url, class_names=source.class_names)
-    manifest = Manifest.load(url)
-    manifest.verify_present()
-    check_splits(config, manifest)
-    check_batch(config, manifest)
-    return manifest
+    return Manifest.load(url)
 
 
 def check_splits(config: Config, manifest: Manifest) -> None:
@@ -168,10 +176,10 @@ def check_batch(config: Config, manifest: Manifest) -> None:
             f"{train.first_id} to {train.first_id + samples - 1}; use method.num_samples={train.first_id + samples}"
         )
     if config.train.global_batch_size > samples:
+        workers = min(config.cluster.num_workers, samples)
         raise ConfigError(
             f"train.global_batch_size={config.train.global_batch_size} is more than the {samples} samples of the "
-            f"training split; the largest that {config.cluster.num_workers} workers divide is "
-            f"{samples - samples % config.cluster.num_workers}"
+            f"training split; the largest that {workers} workers divide is {samples - samples % workers}"
         )
     steps, epochs = samples // config.train.global_batch_size, config.train.epochs
     if round(config.optim.warmup_epochs * steps) >= epochs * steps:
