@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import nn
 
 from pipeline.archive import load_archive
-from pipeline.data.loader import shorter_side
+from pipeline.data.loader import centre_crop, normalize, shorter_side
 from pipeline.export import (
     ExportError,
     check_bundle,
@@ -50,6 +52,12 @@ def test_timm_resizes_and_crops_as_the_loader_does(size: int, tmp_path: Path) ->
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     assert (transform.transforms[0].size, tuple(transform.transforms[1].size)) == (shorter_side(size), (size, size))
+    for photo in (load_sample_image("china.jpg"), load_sample_image("flower.jpg").transpose(1, 0, 2)):
+        theirs = transform(Image.fromarray(np.ascontiguousarray(photo)))
+        ours = normalize(torch.from_numpy(centre_crop(photo, size)).permute(2, 0, 1)[None], MEAN, STD)[0]
+        levels = (ours - theirs).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
+        assert levels.mean() < 0.3
+        assert levels.max() < 2.5
 
 
 def test_timm_fine_tunes_it_with_a_new_head(bundle: Path) -> None:

@@ -392,12 +392,13 @@ def _read_in_order(manifest: Manifest, split: str) -> Iterator[tuple[int, memory
 def centre_crop(image: Pixels, size: int) -> Pixels:
     """(size, size, 3): the central square of the image resized so that its shorter side is 8/7 of ``size``.
 
-    8/7 is ImageNet's 256 to 224; images below 64 px keep their borders, as digits and CIFAR need them.
+    8/7 is ImageNet's 256 to 224; images below 64 px keep their borders, as digits and CIFAR need them. Sizes and places
+    are rounded as torchvision's Resize and CenterCrop do: who uses an encoder with these gives it the same pixels.
     """
     shorter, target = min(image.shape[:2]), shorter_side(size)
-    height, width = (max(round(side * target / shorter), size) for side in image.shape[:2])
+    height, width = (int(target * side / shorter) for side in image.shape[:2])
     resized = resized_crop(image, 0, 0, image.shape[0], image.shape[1], (height, width))
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = round((height - size) / 2), round((width - size) / 2)
     return resized[top : top + size, left : left + size]
 
 
