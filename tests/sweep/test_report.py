@@ -162,6 +162,6 @@ def test_a_long_name_stays_a_name(tmp_path: Path) -> None:
     base = load_config("configs/quickstart.yaml", [f"name={'a' * 35}-{'b' * 5}"])
     file = tmp_path / "best.yaml"
     decay = "optim.weight_decay"
-    file.write_text(best_config(sweep([one_run(0, {decay: 1e-05}, 0.5)], (decay,)), base))
+    file.write_text(best_config(sweep([one_run(0, {decay: 1e-05}, 0.5)], {decay: "log"}), base))
     best = load_config(file)
     assert (best.name, best.flat()[decay]) == (f"{'a' * 35}-best", "1e-05")
