@@ -1,7 +1,7 @@
 """Draws augmented views of an image, uint8 in and out.
 
 The operations, their order and their parameters are torchvision's (the tests hold them to it): with the decoding
-14x (EPYC) to 35x (Xeon) its speed. Every random number comes from one row of uniforms per image, so the row's key,
+13x (EPYC) to 35x (Xeon) its speed. Every random number comes from one row of uniforms per image, so the row's key,
 (seed, epoch, position), decides every pixel, whoever computes it.
 """
 
