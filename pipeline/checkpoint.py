@@ -74,23 +74,28 @@ class CheckpointStore:
     def load(self, step: int) -> TrainState:
         """Read the checkpoint of ``step`` onto the CPU. CheckpointError if its bytes are not those written."""
         commit_url, payload_url = self._commit_url(step), self._payload_url(step)
-        remedy = f"delete {commit_url} to resume from the one before ({self.steps()[:-1] or 'none'})"
         try:
             commit = json.loads(storage.read_bytes(commit_url))
             size, sha256 = int(commit["size"]), str(commit["sha256"])
         except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{commit_url} is damaged, it holds no size and sha256; {remedy}") from error
-        if not storage.exists(payload_url):
-            raise CheckpointError(f"{payload_url} is missing; {remedy}")
-        payload = storage.read_bytes(payload_url)
+            raise self._unreadable(step, f"{commit_url} is damaged, it holds no size and sha256") from error
+        try:
+            payload = storage.read_bytes(payload_url)
+        except storage.MissingError as error:
+            raise self._unreadable(step, f"{payload_url} is missing") from error
         digest = hashlib.sha256(payload).hexdigest()
         if digest != sha256:
-            raise CheckpointError(
+            raise self._unreadable(
+                step,
                 f"{payload_url} is damaged: {len(payload)} bytes with sha256 {digest[:12]}..., "
-                f"written were {size} with {sha256[:12]}...; {remedy}"
+                f"written were {size} with {sha256[:12]}...",
             )
         state: TrainState = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         return state
+
+    def _unreadable(self, step: int, reason: str) -> CheckpointError:
+        before = self.steps()[:-1] or "none"
+        return CheckpointError(f"{reason}; delete {self._commit_url(step)} to resume from the one before ({before})")
 
     def _payload_url(self, step: int) -> str:
         return storage.join(self.url, f"step-{step:09d}.pt")

@@ -142,11 +142,7 @@ def list_files(folder_url: str) -> dict[str, Listed]:
         if is_remote(folder_url):
             fs, root = _remote(folder_url)
             found = fs.find(root, detail=True)
-            return {
-                path[len(root) :].lstrip("/"): Listed(int(info["size"]), _version(info))
-                for path, info in found.items()
-                if path != root
-            }
+            return {path[len(root) :].lstrip("/"): _of_object(info) for path, info in found.items() if path != root}
         return dict(_listed(str(_local(folder_url)), "", ()))
 
 
@@ -172,7 +168,7 @@ def _listed(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[
                         f"{entry.path} is a link to {os.readlink(entry.path)}, where nothing lies; mend or delete it"
                     ) from error
                 continue  # deleted since the folder was read
-            yield prefix + entry.name, Listed(stat.st_size, str(stat.st_mtime_ns))
+            yield prefix + entry.name, _of_file(stat)
 
 
 def list_sizes(folder_url: str) -> dict[str, int]:
@@ -185,10 +181,8 @@ def look_at(url: str) -> Listed:
     with _explained("look at", url):
         if is_remote(url):
             fs, path = _remote(url)
-            info = fs.info(path)
-            return Listed(int(info["size"]), _version(info))
-        stat = _local(url).stat()
-        return Listed(stat.st_size, str(stat.st_mtime_ns))
+            return _of_object(fs.info(path))
+        return _of_file(_local(url).stat())
 
 
 def delete(url: str) -> None:
@@ -222,11 +216,17 @@ def sign(url: str) -> str:
         return str(fs.sign(path, expiration=SIGNATURE_LIFETIME_S))
 
 
-def _version(info: dict[str, Any]) -> str:
+def _of_file(stat: os.stat_result) -> Listed:
+    return Listed(stat.st_size, str(stat.st_mtime_ns))
+
+
+def _of_object(info: dict[str, Any]) -> Listed:
     """Every fsspec backend has names of its own: S3 and Azure, GCS, HDFS and SFTP, memory."""
     keys = ("ETag", "etag", "LastModified", "updated", "mtime", "created")
-    value = next((info[key] for key in keys if info.get(key)), "")
-    return str(value.timestamp() if isinstance(value, datetime) else value)  # memory: one in info, one in find
+    version = next((info[key] for key in keys if info.get(key)), "")
+    if isinstance(version, datetime):
+        version = version.timestamp()  # memory's, in one of info and find
+    return Listed(int(info["size"]), str(version))
 
 
 def _patience_s(size: int) -> float:

@@ -14,8 +14,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import cv2
@@ -29,6 +30,7 @@ from pipeline import storage
 from pipeline.data.receipts import fingerprint
 from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask
 from pipeline.errors import UserError
+from pipeline.storage import Listed, StorageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
@@ -287,12 +289,12 @@ def _table(url: str) -> Source:
                 "begins with a letter; e.g. 'train', 'validation'"
             )
         origin = path if "://" in path or path.startswith(("/", "~/")) else storage.join(folder, path)
-        try:
-            stat = Path(storage.resolve(origin)).stat()
-            size, version = stat.st_size, str(stat.st_mtime_ns)
-        except (OSError, ValueError):  # remote: asking for each takes too long; or missing: reading it tells
-            size, version = 100_000, ""
-        items.append(Item(_key(relative), relative.suffix[1:].lower(), split, numbers[label], size, origin, version))
+        file = Listed(100_000, "")  # remote: asking for each takes too long; or missing: reading it tells
+        if not storage.is_remote(origin):
+            with suppress(StorageError):
+                file = storage.look_at(origin)
+        extension = relative.suffix[1:].lower()
+        items.append(Item(_key(relative), extension, split, numbers[label], file.size, origin, file.version))
     return Source(items, class_names, _read_file)
 
 

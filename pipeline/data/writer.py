@@ -56,7 +56,7 @@ def write_shards(
     """Write ``samples`` in their order, each split to shards of its own, then the manifest.
 
     Samples should come shuffled: what is neighbour in a shard is often neighbour in a batch. The manifest is
-    written last, and that of a set which lay there before goes first, so a folder with one is complete. SampleError
+    written last, and that of another set which lay there goes first, so a folder with one is complete. SampleError
     on a key with a dot, an empty image or a label without a class name; StorageError where ``url`` cannot be written.
     """
     url = storage.resolve(url)

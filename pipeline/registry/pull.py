@@ -78,13 +78,13 @@ def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
     try:
         with server_errors(tracking_uri):
             mlflow.artifacts.download_artifacts(artifact_uri=resolved.source, dst_path=str(folder))
-        check_bundle(folder / "extra_files", model=folder / "data" / "model.pt2")
+        try:
+            check_bundle(folder / "extra_files", model=folder / "data" / "model.pt2")
+        except ExportError as error:
+            in_entry = str(error).replace(f"{folder}/", "")
+            raise ExportError(f"{resolved.name} version {resolved.version} in {tracking_uri}: {in_entry}") from error
         folder.chmod(0o755)
         os.rename(folder, out_dir)
-    except ExportError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        in_entry = str(error).replace(f"{folder}/", "")
-        raise ExportError(f"{resolved.name} version {resolved.version} in {tracking_uri}: {in_entry}") from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
