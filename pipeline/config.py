@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -38,23 +37,20 @@ from pipeline.methods.base import MethodConfig, method_class
 from pipeline.models.backbone import BackboneConfig
 from pipeline.negatives.config import NegativesConfig
 from pipeline.optim import OptimConfig
+from pipeline.section import Section
 
 
 class ConfigError(UserError):
     """The configuration is wrong; the message names the key, the value, the rule and values that work."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class StorageConfig(_Section):
+class StorageConfig(Section):
     """Where everything durable goes. Credentials and endpoints come from the environment (AWS_*), never from here."""
 
     url: str = ".parallax"  # a folder or any fsspec URL, e.g. s3://bucket/prefix
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which shards to read. With ``source``, shards that are not there yet are written from that image set."""
 
     source: str | None = None
@@ -93,7 +89,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long, in what batches; the number of workers matters only without statistics over the global batch."""
 
     epochs: int = Field(default=100, ge=1)
@@ -111,7 +107,7 @@ class TrainConfig(_Section):
     log_every_steps: int = Field(default=10, ge=1)
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """What Ray is asked for. None of it changes the result, only where and how fast it is computed."""
 
     address: str | None = None  # None: $RAY_ADDRESS if set, else a Ray of our own that ends with the job
@@ -133,7 +129,7 @@ class ClusterConfig(_Section):
         return env
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """The MLflow server. "" = sqlite:///<./.parallax or the storage folder>/mlflow.db."""
 
     uri: str = ""
@@ -150,7 +146,7 @@ class TrackingConfig(_Section):
         return uri
 
 
-class RegistryConfig(_Section):
+class RegistryConfig(Section):
     """Under which name the encoder is registered, and which alias then points at it."""
 
     model_name: str = Field(default="parallax-encoder", pattern=r"^[A-Za-z0-9_.-]+$")
@@ -164,7 +160,7 @@ class RegistryConfig(_Section):
         return alias
 
 
-class Config(_Section):
+class Config(Section):
     """One pretraining run."""
 
     name: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9-]{0,40})?$")  # "" = <method>-<model>-<image size>

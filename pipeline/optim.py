@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from pipeline.errors import DeterministicError
+from pipeline.section import Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -22,10 +23,8 @@ class OptimError(DeterministicError):
     """``optim`` names what the method does not have."""
 
 
-class OptimConfig(BaseModel):
+class OptimConfig(Section):
     """How the weights move. The defaults are SimCLR's: LARS, 0.3 * B / 256, 10 epochs of warm-up, then cosine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
     lr: float = Field(default=0.3, gt=0)  # base; the peak is lr x B/256, lr x sqrt(B) or lr

@@ -7,19 +7,19 @@ arXiv:2006.09882.
 import math
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.section import Section
 
 MAGNITUDES = 31  # RandAugment's go from 0 to 30
 
 
-class View(BaseModel):
+class View(Section):
     """One kind of augmented view; ``count`` copies of it are drawn from each image, independently.
 
     Defaults are SimCLR's for ImageNet (Chen et al. 2020, arXiv:2002.05709, appendix A).
     Multi-crop is two entries: ``[{count: 2}, {count: 6, size: 96, crop_scale: [0.05, 0.14]}]``.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     count: int = Field(default=1, ge=1)
     size: int | None = Field(default=None, ge=8)  # pixels; None = model.image_size

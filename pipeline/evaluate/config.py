@@ -6,15 +6,14 @@ different temperatures do not compare. Nor do those of the selection: a sweep fi
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.evaluate.knn import TEMPERATURE
+from pipeline.section import Section
 
 
-class SelectionConfig(BaseModel):
+class SelectionConfig(Section):
     """Weighted kNN while training, on a split that neither trains nor is in the final report: what a sweep ranks by."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     split: str = "selection"
     every_epochs: int = Field(default=1, ge=1)  # and after the last
@@ -39,10 +38,8 @@ class SelectionConfig(BaseModel):
         return self
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Section):
     """Weighted kNN and linear probe on frozen features; every representation compared gets the same treatment."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     batch_size: int = Field(default=256, ge=1)  # images per forward pass
     # At most so many labelled train images, evenly spaced, are the bank and train the probe; None: all. A probe of

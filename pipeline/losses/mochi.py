@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.section import Section
 
-class MochiConfig(BaseModel):
+
+class MochiConfig(Section):
     """The paper's (1024, 1024, 128) for ImageNet, from some steps on: early queries know no hard negatives."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     hardest: int = Field(default=1024, ge=1)  # N: the most similar negatives, from which all are mixed
     mixed: int = Field(default=1024, ge=0)  # s: of two of them

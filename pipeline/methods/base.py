@@ -10,19 +10,18 @@ import pkgutil
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.data.views import RECIPES, View, named_views
 from pipeline.losses.precision import SMALLEST_TEMPERATURE
 from pipeline.models.backbone import Backbone, BackboneConfig
+from pipeline.section import Section
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Section):
     """What every method is configured by. A method subclasses it and adds its own hyper-parameters."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     views: tuple[View, ...]  # a list of views, or the name of a recipe in pipeline/data/views.py

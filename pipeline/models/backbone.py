@@ -10,14 +10,14 @@ from typing import Any, Literal, Self
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from pipeline.section import Section
 
-class BackboneConfig(BaseModel):
+
+class BackboneConfig(Section):
     """Which timm architecture, with which stem, at which input size."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = "resnet50"
     args: dict[str, Any] = Field(

@@ -2,17 +2,17 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.section import Section
 
 
-class NegativesConfig(BaseModel):
+class NegativesConfig(Section):
     """``local``: every rank has a replica, and the ranks gather what is new in each step.
 
     ``service``: sharded actors number and hand out a queue's keys, of which every rank still keeps a replica, and hold
     the slots of a bank, of which no rank does.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     backend: Literal["local", "service"] = "local"
     num_shards: int = Field(default=1, ge=1, le=256)  # actors, spread over the nodes

@@ -26,12 +26,13 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from pipeline.config import Config, dump, load_config, load_yaml, override, read_mapping
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch, check_method
+from pipeline.section import Section
 from pipeline.sweep.results import RunResult, SearchedKey, SweepResults
 from pipeline.sweep.space import MISSING, Entry, SweepError, is_whole, lookup, matches
 
@@ -39,17 +40,13 @@ Values = dict[str, JsonValue]  # dotted key -> value: one configuration
 Choose = Callable[[str, Entry], float]  # a coordinate for a key: see space.py
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class NoScheduler(_Section):
+class NoScheduler(Section):
     """Every trial runs to its last epoch."""
 
     name: Literal["none"] = "none"
 
 
-class Asha(_Section):
+class Asha(Section):
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934): at ``grace_epochs`` and at every
     ``reduction``-fold of it a trial goes on if it is among the best 1/``reduction`` of those that came as far."""
 
@@ -58,7 +55,7 @@ class Asha(_Section):
     reduction: float = Field(default=3, gt=1)
 
 
-class Pbt(_Section):
+class Pbt(Section):
     """Population based training (Jaderberg et al. 2017, arXiv:1711.09846): every ``every_epochs`` a trial of the worst
     ``quantile`` takes the weights of one of the best, and its values multiplied by 0.8 or 1.2, or drawn anew."""
 
@@ -68,7 +65,7 @@ class Pbt(_Section):
     resample: float = Field(default=0.25, ge=0, le=1)  # how often a value is drawn anew
 
 
-class SweepConfig(_Section):
+class SweepConfig(Section):
     """One sweep."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,19}$")

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from pipeline.errors import UserError
+from pipeline.section import Section
 from pipeline.sweep.results import Scale
 
 _KINDS = ("grid", "choice", "uniform", "log_uniform", "one_minus_log_uniform", "scale_one_minus")
@@ -23,14 +24,14 @@ class SweepError(UserError):
     """The sweep cannot run as written; the message names the key, the value, the rule and values that work."""
 
 
-class Entry(BaseModel):
+class Entry(Section):
     """The values that one key may take: exactly one of the kinds, and when it applies.
 
     ``scale_one_minus`` is for a decay m whose 1 - m is to grow with another key, usually the batch size (BYOL,
     arXiv:2006.07733): ``{scale_one_minus: 0.004, with: train.global_batch_size, at: 4096}`` is 1 - 0.004 * B / 4096.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     grid: tuple[JsonValue, ...] | None = None  # values in order
     choice: tuple[JsonValue, ...] | None = None  # values without an order
