@@ -1,16 +1,19 @@
-"""Embed shards with a registered encoder: Ray Data hands whole shards to a pool of actors, each writes its own Parquet.
+"""Embed shards with a registered encoder: a pool of actors takes shard after shard, each writes its own Parquet.
 
-What travels through the driver is a row per shard. The encoder's files and the manifest go through the object
+What travels through the driver is a count per shard. The encoder's files and the manifest go through the object
 store, one copy per node (NumPy columns are read in place), so workers need neither the registry nor the alias, and all
 of them have the same bytes. A shard's file is written atomically under a name made from the shard's: running again
 embeds what is missing.
+
+Plain actors and not Ray Data: its threads outlive an iteration that ends early, and one that asks Ray for something
+after ``ray.shutdown`` ends the process with exit code 1 and without the error.
 """
 
 import io
 import json
-import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -19,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 
 from pipeline import storage
 from pipeline.archive import load_archive
@@ -32,6 +35,7 @@ from pipeline.errors import UserError
 from pipeline.export import check_golden, read_preprocessing
 
 HEADER = "_embeddings.json"  # Parquet readers skip names with an underscore
+_TRIES = 4  # of a shard whose actor dies; actors start again as often as nodes are lost
 
 
 class EmbedError(UserError):
@@ -96,65 +100,83 @@ def embed_shards(
         return done
     total = int(manifest.shards.count[shards].sum())
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and timings, line by line; failures are raised
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(max_actors, len(missing)))
-    rows = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing)).map_batches(
-        _ShardEmbedder,
-        batch_size=1,
-        compute=pool,
-        num_cpus=cpus_per_actor,
-        num_gpus=gpus_per_actor,
-        fn_constructor_args=(ray.put(encoder), ray.put(manifest), out_url, batch_size),
+    actor = ray.remote(_ShardEmbedder).options(
+        num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=_TRIES - 1
     )
+    actors = [actor.remote(out_url, batch_size) for _ in range(min(max_actors, len(missing)))]
     with_gaps: list[str] = []
-    for row in rows.iter_rows():
-        if row["error"]:
-            raise EmbedError(f"{manifest.shard_url(int(row['shard']))}: {row['error']}")
-        embedded = int(row["images"])
-        gap = int(manifest.shards.count[row["shard"]]) - embedded
+    for shard, images, error in _in_any_order(actors, [ray.put(encoder), ray.put(manifest)], missing):
+        if error:
+            raise EmbedError(f"{manifest.shard_url(shard)}: {error}")
+        gap = int(manifest.shards.count[shard]) - images
         undecodable = done.undecodable + gap
         if gap:
-            with_gaps.append(storage.join(out_url, _file_name(manifest, int(row["shard"]))))
+            with_gaps.append(storage.join(out_url, _file_name(manifest, shard)))
         seconds = time.monotonic() - started
-        done = Embedded(done.shards + 1, done.of_shards, done.images + embedded, undecodable, seconds)
+        done = Embedded(done.shards + 1, done.of_shards, done.images + images, undecodable, seconds)
         on_progress(done)
         if undecodable > MAX_BAD_SHARE * total:
             for url in with_gaps:  # the next attempt has to count them again
                 storage.delete(url)
             raise EmbedError(
                 f"{undecodable} of {total} images cannot be decoded, the last ones in "
-                f"{manifest.shard_url(int(row['shard']))}; at most {MAX_BAD_SHARE:.0%} may be left out: "
+                f"{manifest.shard_url(shard)}; at most {MAX_BAD_SHARE:.0%} may be left out: "
                 "mend or rewrite the shards; the actors' logs name each image"
             )
     return done
 
 
-class _ShardEmbedder:
-    """One actor: the encoder, loaded and verified once."""
+def _in_any_order(actors: Sequence[Any], shared: list[Any], shards: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+    """Shard, images and error of each shard as it is done; an actor that finds no room in the cluster holds up none."""
+    waiting, left = deque(shards), len(shards)
+    busy: dict[Any, tuple[Any, int | None]] = {actor.__ray_ready__.remote(): (actor, None) for actor in actors}
+    while left:
+        (answer,), _ = ray.wait(list(busy))
+        actor, shard = busy.pop(answer)
+        if waiting:
+            busy[actor.embed.remote(shared, waiting[0])] = actor, waiting[0]
+            waiting.popleft()
+        if shard is None:
+            continue
+        left -= 1
+        try:
+            images, error = ray.get(answer)
+        except RayActorError as failure:
+            images, error = 0, f"{_TRIES} times its actor died; is --batch-size too large for its memory? {failure}"
+        yield shard, images, error
 
-    def __init__(self, encoder: Any, manifest: Any, out_url: str, batch_size: int) -> None:
-        self._encoder: Encoder = ray.get(encoder)
-        self._manifest: Manifest = ray.get(manifest)
+
+class _ShardEmbedder:
+    """One actor: the encoder, loaded and verified at its first shard."""
+
+    def __init__(self, out_url: str, batch_size: int) -> None:
         self._out_url, self._batch_size = out_url, batch_size
+        self._loaded = False
+
+    def embed(self, shared: list[Any], shard: int) -> tuple[int, str]:
+        """How many images have an embedding, or the user's error as text (Ray would bury it in one of its own).
+
+        ``shared``: references to the encoder and the manifest; in a list, so that Ray reads them once an actor only.
+        """
+        try:
+            if not self._loaded:
+                self._load(*ray.get(shared))
+            return self._embed(shard), ""
+        except UserError as mistake:
+            return 0, str(mistake)
+
+    def _load(self, encoder: Encoder, manifest: Manifest) -> None:
+        self._encoder, self._manifest = encoder, manifest
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         with TemporaryDirectory(prefix="parallax-embed-") as folder:
-            for name, data in self._encoder.files.items():
+            for name, data in encoder.files.items():
                 (Path(folder) / name).write_bytes(data)
-            self._model = load_archive(self._encoder.files["model.pt2"], self._device)
+            self._model = load_archive(encoder.files["model.pt2"], self._device)
             check_golden(self._model, Path(folder), self._device)
             self._preprocessing = read_preprocessing(Path(folder))
             with np.load(Path(folder) / "golden.npz", allow_pickle=False) as golden:
                 self._feature_dim = golden["embeddings"].shape[1]
-
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        """One row per shard: how many images, or the user's error as text (Ray would bury it in two of its own)."""
-        (shard,) = batch["shard"]
-        try:
-            images, error = self._embed(int(shard)), ""
-        except UserError as mistake:
-            images, error = 0, str(mistake)
-        return {"shard": batch["shard"], "images": np.array([images]), "error": np.array([error])}
+        self._loaded = True
 
     def _embed(self, shard: int) -> int:
         first_id, part = _one_shard(self._manifest, shard)

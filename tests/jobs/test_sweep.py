@@ -1,13 +1,8 @@
 """A sweep as a person runs it, on MNIST digits with a tiny encoder: killed, taken up again, and its mistakes."""
 
 import os
-import re
-import secrets
 import signal
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +11,7 @@ from mlflow import MlflowClient
 from jobs import sweep
 from pipeline.config import load_config
 from pipeline.sweep.results import SweepResults
+from tests.jobs.process import Job
 from tests.jobs.refusals import refused
 
 TOY = [
@@ -32,66 +28,8 @@ CONFIG = str(Path("configs/sweep/digits-moco.yaml").absolute())
 COMMAND = ["jobs.sweep", CONFIG, *TOY]
 
 
-class Job:
-    """The command in a process, and what Ray starts for it."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self._mark = secrets.token_hex(8)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.sweep", CONFIG, *TOY, f"storage.url={folder}", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PARALLAX_TEST_JOB": self._mark},
-        )
-        self.lines: list[str] = []
-
-    def read_until(self, pattern: str, timeout_s: float = 200) -> None:
-        """Returns at the first line with ``pattern``; the command is killed if none comes."""
-        assert self._process.stdout is not None
-        timer = threading.Timer(timeout_s, self._process.kill)
-        timer.start()
-        try:
-            for line in self._process.stdout:
-                self.lines.append(line)
-                if re.search(pattern, line):
-                    return
-        finally:
-            timer.cancel()
-        raise AssertionError(f"ended without {pattern!r}:\n{''.join(self.lines)}")
-
-    def finish(self, timeout_s: float = 400) -> str:
-        """The rest of the output; the exit code has to be 0."""
-        out, _ = self._process.communicate(timeout=timeout_s)
-        self.lines.append(out)
-        assert self._process.returncode == 0, "".join(self.lines)
-        return "".join(self.lines)
-
-    def wait(self) -> None:
-        """Returns when the command has ended as it ends after a mistake."""
-        self._process.communicate(timeout=60)
-        assert self._process.returncode == 2, "".join(self.lines)
-
-    def kill(self) -> None:
-        """SIGKILL to the command; returns when Ray has ended what was its."""
-        self._process.kill()
-        self._process.wait()
-        deadline = time.monotonic() + 120
-        while self.pids(b"ray::"):
-            assert time.monotonic() < deadline, "Ray's processes outlive their driver"
-            time.sleep(0.5)
-
-    def pids(self, *names: bytes) -> list[int]:
-        """Its processes whose command line begins with one of ``names``, each process looked at once."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                is_ours = f"PARALLAX_TEST_JOB={self._mark}".encode() in (entry / "environ").read_bytes()
-                if is_ours and (entry / "cmdline").read_bytes().startswith(names):
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # ended while we looked
-        return found
+def start(folder: Path, *arguments: str) -> Job:
+    return Job("sweep", CONFIG, *TOY, f"storage.url={folder}", *arguments)
 
 
 def results(folder: Path) -> SweepResults:
@@ -103,14 +41,14 @@ def results(folder: Path) -> SweepResults:
 @pytest.mark.integration
 def test_a_killed_sweep_goes_on_and_repeats_nothing_that_was_done(tmp_path: Path) -> None:
     """Of its three trials one diverges: it fails at once, and is never the best."""
-    first = Job(tmp_path)
+    first = start(tmp_path)
     first.read_until(r"t00[01] .* finished")
     first.kill()
     before = {run.trial: run for run in results(tmp_path).runs}
     done = next(run for run in before.values() if run.status == "finished")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / done.run_id / "checkpoints").iterdir()}
 
-    out = Job(tmp_path, "--resume").finish()
+    out = start(tmp_path, "--resume").finish()
     after = results(tmp_path)
     by_trial = {run.trial: run for run in after.runs}
     assert by_trial[done.trial] == done, "its scores, its seconds, its MLflow run"
@@ -146,7 +84,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing_that_was_done(tmp_path: Path
             history = client.get_metric_history(run.mlflow_run_id, "train/selection/knn")
             assert [point.value for point in history] == [score.knn for score in run.scores]
 
-    again = Job(tmp_path).finish(timeout_s=60)
+    again = start(tmp_path).finish(timeout_s=60)
     assert "is complete already" in again
 
 
@@ -154,7 +92,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing_that_was_done(tmp_path: Path
 @pytest.mark.integration
 def test_a_trial_s_killed_driver_and_worker_are_made_up_for(tmp_path: Path) -> None:
     """One trial at a time on all CPUs: if the dead driver's placement group stayed, the next would wait for ever."""
-    job = Job(
+    job = start(
         tmp_path, "train.epochs=6", "sweep.space={method.temperature: {grid: [0.2, 0.5]}}", "cluster.cpus_per_worker=2"
     )
     job.read_until(r"t000 .* epoch 1/6")
@@ -175,13 +113,13 @@ def test_trials_that_failed_run_again_when_the_sweep_is_taken_up(tmp_path: Path)
     """Nothing can be written where the runs are to be, as on a disk that is full; then it can."""
     one = ["sweep.space={method.temperature: {grid: [0.2]}}", "train.epochs=1", "optim.warmup_epochs=0"]
     (tmp_path / "runs").write_text("in the way")
-    first = Job(tmp_path, *one)
+    first = start(tmp_path, *one)
     first.read_until(r"no finished trial .* t000 failed: \w*Error: .+")
     first.wait()
     (run,) = results(tmp_path).runs
     assert run.status == "failed"
     (tmp_path / "runs").unlink()
-    Job(tmp_path, *one).finish()
+    start(tmp_path, *one).finish()
     (run,) = results(tmp_path).runs
     assert (run.status, run.reason, [score.epoch for score in run.scores]) == ("finished", "", [1])
 
