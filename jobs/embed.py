@@ -95,8 +95,8 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 0.5 or 1")
+    if not 0 <= value < math.inf or (value > 1 and value % 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a share of one GPU; e.g. 0, 0.5 or 1")
     return value
 
 

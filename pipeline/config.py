@@ -117,6 +117,15 @@ class ClusterConfig(Section):
     max_failures: int = Field(default=3, ge=-1)  # worker-group restarts before the run fails; -1 = no limit
     env: dict[str, str] = Field(default_factory=dict)  # for the workers; never secrets, the jobs API shows it
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_or_shared(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError(
+                f"a worker has whole GPUs or a share of one: {gpus // 1:g}, {gpus // 1 + 1:g}, or e.g. 0.5"
+            )
+        return gpus
+
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:

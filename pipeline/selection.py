@@ -142,10 +142,19 @@ class Selection:
 
 
 def read_scores(folder_url: str) -> tuple[Scored, ...]:
-    """The scores that a run has left in the folder of its checkpoints, by step; empty if there are none."""
+    """The scores that a run has left in the folder of its checkpoints, by step; empty if there are none.
+
+    StorageError where what is there are none.
+    """
     url = _url(folder_url)
-    rows = json.loads(storage.read_bytes(url)) if storage.exists(url) else []
-    return tuple(Scored(**row) for row in rows)
+    if not storage.exists(url):
+        return ()
+    try:
+        return tuple(Scored(**row) for row in json.loads(storage.read_bytes(url)))
+    except (ValueError, TypeError) as error:
+        raise storage.StorageError(
+            f"{url} is damaged ({error}); restore it, or delete it: then the scores of the epochs done are missing"
+        ) from error
 
 
 def _url(folder_url: str) -> str:

@@ -107,6 +107,7 @@ def test_every_shipped_config_is_valid() -> None:
             ],
             ["queue_size=20", "3 global batches of 8", "max_staleness <= 1", "queue_size >= 24"],
         ),
+        (["cluster.gpus_per_worker=2.5"], ["cluster.gpus_per_worker", "2, 3, or e.g. 0.5", "got 2.5"]),
         (["cluster.env={AWS_SECRET_ACCESS_KEY: x}"], ["AWS_SECRET_ACCESS_KEY", "secret", "nodes"]),
         (["registry.alias=latest"], ["latest", "champion"]),
         (["data.hold_out.selection=0.1"], ["data", "hold_out", "data.source", "--hold-out selection=0.1"]),

@@ -20,6 +20,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.preflight import prepare_data
 from pipeline.progress import Progress
 from pipeline.selection import METRIC, Selection, read_scores
+from pipeline.storage import StorageError
 from pipeline.train import build_method
 from tests import gloo
 from tests.data.images import photos, write_digits
@@ -158,6 +159,11 @@ def test_a_resumed_run_scores_what_was_cut_and_nothing_twice(
     assert third[-1].metrics == expected[6]
     assert read_scores(str(tmp_path)) == read_scores(url)
     assert run(config, str(tmp_path))[1] == [], "a finished run scores nothing"
+
+    for damaged in ("[{", '[{"step": 3}]', "3"):
+        (tmp_path / "selection.json").write_text(damaged)
+        with pytest.raises(StorageError, match=r"selection\.json is damaged .*; restore it, or delete it"):
+            read_scores(str(tmp_path))
 
 
 def test_every_so_many_epochs_and_after_the_last(config: Config) -> None:

@@ -211,8 +211,9 @@ def test_a_folder_with_the_embeddings_of_another_version_is_refused(
         ({"model": "models:/tiny@best"}, "aliases of tiny: @champion (version 2), @old (version 1)"),
         ({"--split": "test"}, "has the splits train, validation"),
         ({"--data": "nowhere"}, "nowhere holds no manifest.json"),
-        ({"--gpus-per-actor": "-1"}, "'-1' is not a number from 0 on"),
-        ({"--gpus-per-actor": "nan"}, "'nan' is not a number from 0 on"),
+        ({"--gpus-per-actor": "-1"}, "'-1' is neither a whole number nor a share of one GPU"),
+        ({"--gpus-per-actor": "nan"}, "'nan' is neither a whole number nor a share of one GPU"),
+        ({"--gpus-per-actor": "1.5"}, "'1.5' is neither a whole number nor a share of one GPU"),
         ({"--actors": "0"}, "'0' is not a whole number from 1 on"),
     ],
 )
