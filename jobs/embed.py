@@ -6,10 +6,11 @@ The alias is resolved once, here; every row names the version. Running the same 
 """
 
 import argparse
-import math
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.archive import load_archive
@@ -92,12 +93,11 @@ def embed(arguments: argparse.Namespace) -> None:
 
 def _share(text: str) -> float:
     try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < math.inf or (value > 1 and value % 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a share of one GPU; e.g. 0, 0.5 or 1")
-    return value
+        return ClusterConfig.model_validate({"gpus_per_worker": text}).gpus_per_worker
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a whole number nor a share of one GPU; e.g. 0, 0.5 or 1"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Selection:
 def read_scores(folder_url: str) -> tuple[Scored, ...]:
     """The scores that a run has left in the folder of its checkpoints, by step; empty if there are none.
 
-    StorageError where what is there are none.
+    StorageError where they are damaged.
     """
     url = _url(folder_url)
     if not storage.exists(url):

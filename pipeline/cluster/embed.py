@@ -84,10 +84,10 @@ def embed_shards(
     """Write ``<out_url>/<shard>.parquet`` for every shard of ``splits``, on the connected Ray.
 
     Columns: sample_id int64 (the manifest's), embedding float32 (fixed-size list), model_name, model_version int32.
-    Images that cannot be decoded have no row. Raises EmbedError if they are more than MAX_BAD_SHARE of the
-    splits, if ``out_url`` holds the embeddings of another encoder or of other data, or if a shard is damaged or
-    cannot be read; what was written until then stays and is not done again, but for shards of which images are missing
-    where those are too many.
+    Images that cannot be decoded have no row. Raises EmbedError if they are more than MAX_BAD_SHARE of the splits, if
+    ``out_url`` holds the embeddings of another encoder or of other data, or if a shard is damaged, cannot be read or
+    ends its actor time and again; what was written until then stays and is not done again, but for shards of which
+    images are missing where those are too many.
     """
     started = time.monotonic()
     shards = [i for i, split in enumerate(manifest.shards.split) if split in splits]
@@ -134,8 +134,8 @@ def _in_any_order(actors: Sequence[Any], shared: list[Any], shards: Sequence[int
         (answer,), _ = ray.wait(list(busy))
         actor, shard = busy.pop(answer)
         if waiting:
-            busy[actor.embed.remote(shared, waiting[0])] = actor, waiting[0]
-            waiting.popleft()
+            following = waiting.popleft()
+            busy[actor.embed.remote(shared, following)] = actor, following
         if shard is None:
             continue
         left -= 1
@@ -147,7 +147,10 @@ def _in_any_order(actors: Sequence[Any], shared: list[Any], shards: Sequence[int
 
 
 class _ShardEmbedder:
-    """One actor: the encoder, loaded and verified at its first shard."""
+    """One actor: the encoder, loaded and verified at its first shard.
+
+    Not in the constructor: Ray warns of one that gets references, where the actor may start again (ray#53727).
+    """
 
     def __init__(self, out_url: str, batch_size: int) -> None:
         self._out_url, self._batch_size = out_url, batch_size

@@ -129,7 +129,7 @@ def test_a_job_killed_half_way_resumes_from_its_last_checkpoint(tmp_path: Path) 
     again.send_signal(signal.SIGINT)
     out, _ = again.communicate(timeout=60)
     (done,) = map(int, re.findall(r"resuming after step (\d+)", out))
-    assert done in range(3, 240, 3), "the last step that was saved before the workers were gone too"
+    assert done in (3, 6, 9), "the last step that was saved before the workers were gone too"
     assert first.startswith(f"step {done + 1}/240"), "on one worker instead of two, from where it was"
     assert again.returncode != 0
 
