@@ -7,16 +7,30 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.evaluate.intervals import Interval
+
 
 class Score(BaseModel):
     """One metric of the encoder beside the same metric of the two baselines; None = not measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    metric: str  # e.g. knn_top1
+    metric: str  # e.g. knn
     encoder: float
     raw_pixels: float | None = None
     random_init: float | None = None
+    intervals: dict[str, Interval] = {}  # of an accuracy: 95 % interval by representation
+    over_raw_pixels: Interval | None = None  # 95 % interval of the encoder's accuracy less that of raw pixels
+
+    def doubt(self) -> str:
+        """What to say of an encoder that raw pixels may equal; "" where it is better than they are, or not compared."""
+        if self.over_raw_pixels is None or self.raw_pixels is None or self.over_raw_pixels[0] > 0:
+            return ""
+        low, high = self.over_raw_pixels
+        return (
+            f"{self.metric}: the encoder is not shown to be better than raw pixels: {self.encoder:.1%} against "
+            f"{self.raw_pixels:.1%}, a difference of {100 * low:+.1f} to {100 * high:+.1f} points (95% interval)"
+        )
 
 
 class ModelCard(BaseModel):
@@ -61,9 +75,12 @@ def render(
 ) -> str:
     """The card as Markdown. ``stem_width``: channels of a CIFAR stem, which timm has no argument for; else None."""
     metrics = "\n".join(
-        f"| {score.metric} | {score.encoder:.4f} | {_number(score.raw_pixels)} | {_number(score.random_init)} |"
+        f"| {score.metric} | "
+        + " | ".join(_cell(score, name) for name in ("encoder", "raw_pixels", "random_init"))
+        + " |"
         for score in card.metrics
     )
+    doubts = "".join(f"\n**Not better than raw pixels?** {doubt}.\n" for s in card.metrics if (doubt := s.doubt()))
     note, load = (_FINE_TUNE, _LOAD) if stem_width is None else (_FINE_TUNE_CIFAR, _LOAD_CIFAR.format(width=stem_width))
     hyperparameters = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(card.hyperparameters.items()))
     return f"""\
@@ -152,12 +169,14 @@ RGB, shorter side resized to {resized_side}, centre crop of {image_size} x {imag
 
 ## Measured
 
-On the validation split of the data above, the encoder frozen; both baselines were measured in the same run.
+On the validation split of the data above, the encoder frozen; both baselines were measured in the same run. In brackets
+95 % intervals over images. kNN compares features after the mean of the training images is taken off, raw pixels after
+that or after each image's own mean, whichever is better.
 
 | metric | this encoder | raw pixels | random initialisation |
 |---|---|---|---|
 {metrics}
-
+{doubts}
 ## Limits
 
 - Trained on the data of the digest above and measured on its validation split; elsewhere it is unmeasured.
@@ -174,5 +193,8 @@ On the validation split of the data above, the encoder frozen; both baselines we
 """
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _cell(score: Score, representation: str) -> str:
+    value, interval = getattr(score, representation), score.intervals.get(representation)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")

@@ -4,7 +4,8 @@
 
 Both sides see the same batches of views, train the same network with the same optimizer and schedule, and are
 evaluated alike: weighted kNN and linear probe on 1,000 digits not trained on. lightly has no MoCo v1, v2 and v3 apart:
-its MoCo is compared with v2. Progress goes to stderr; stdout is the table in Markdown and one JSON object.
+its MoCo is compared with v2. Progress goes to stderr; stdout is the table in Markdown, with 95 % intervals of the means
+over seeds (Student's t), and one JSON object.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import torch
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models import modules
 from lightly.models.modules import heads as vicreg_heads
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from pipeline import schedules
@@ -209,6 +212,13 @@ def compare(
     return rows
 
 
+def half_interval(values: list[float]) -> float:
+    """Half the 95 % interval of the mean; NaN of a single value."""
+    if len(values) < 2:
+        return math.nan
+    return float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def main() -> None:
     """Train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,7 +243,7 @@ def main() -> None:
                     results.setdefault(row, {}).setdefault(metric, []).append(value)
     print("| encoder | kNN, % | linear probe, % |\n|---|---|---|")
     for row, metrics in sorted(results.items()):
-        cells = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v) if len(v) > 1 else 0:.1f}" for v in metrics.values()]
+        cells = [f"{statistics.mean(values):.1f} ± {half_interval(values):.1f}" for values in metrics.values()]
         print(f"| {row} | " + " | ".join(cells) + " |")
     print(json.dumps({row: {m: [round(x, 2) for x in v] for m, v in ms.items()} for row, ms in results.items()}))
 
