@@ -133,6 +133,7 @@ def print_summary(
     is_server = entry.tracking_uri.startswith("http")
     bad, images = len(report.quarantine), manifest.split("train").num_samples
     replaced = f"{bad:,} of {images:,} training images could not be decoded and were replaced; see {run.report_url}"
+    doubts = "".join(f"  warning   {doubt}\n" for doubt in report.report.doubts())
     browse = entry.tracking_uri if is_server else f"mlflow ui --backend-store-uri {entry.tracking_uri}"
     print(f"""\
 {"-" * 78}
@@ -141,6 +142,7 @@ def print_summary(
   files     {run.encoder_url}
   metrics   {browse}
 {f"  bad data  {replaced}{chr(10)}" if bad else ""}\
+{doubts}\
   next      python -m jobs.embed --model {model} \\
               --tracking-uri {entry.tracking_uri} \\
               --data {config.shards_url} --out {config.storage.url}/embeddings

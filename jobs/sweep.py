@@ -130,6 +130,7 @@ def keep_best(sweep: Sweep, manifest: Manifest, folder: SweepFolder, ledger: Led
             selection_knn=chosen.scores[-1].knn,
             validation_knn=scores["knn/encoder"],
             validation_linear=scores.get("linear/encoder"),
+            doubts=report.report.doubts(),
             encoder=f"models:/{entry.name}@{entry.alias}",
             model_uri=entry.model_uri,
             version=entry.version,
@@ -175,6 +176,7 @@ def print_summary(sweep: Sweep, folder: SweepFolder, results: SweepResults, seco
   best      {results.final.trial}: {storage.join(folder.url, "best.yaml")}
   encoder   {results.final.encoder}  (version {results.final.version}, in {results.tracking_uri})
   pictures  {folder.url}
+{"".join(f"  warning   {doubt}{chr(10)}" for doubt in results.final.doubts)}\
   again     python -m jobs.pretrain {storage.join(folder.url, "best.yaml")} seed=1
 {"-" * 78}""")
 

@@ -129,6 +129,7 @@ class Final(_Record):
     encoder: str  # models:/<name>@<alias>, as registered
     model_uri: str
     version: str
+    doubts: tuple[str, ...] = ()  # whether it is better than raw pixels
 
 
 class SweepResults(_Record):

@@ -20,10 +20,12 @@ def clusters(rows: int, dim: int, classes: int, seed: int) -> tuple[torch.Tensor
 def oracle(
     queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int, classes: int, temperature: float = 0.07
 ) -> NDArray[np.float64]:
-    """Votes (Q, C) in float64, one query at a time."""
-    unit = bank.double().numpy() / np.linalg.norm(bank.double().numpy(), axis=1, keepdims=True)
+    """Votes (Q, C) in float64, one query at a time, around the bank's mean."""
+    centre = bank.double().numpy().mean(axis=0)
+    rows = bank.double().numpy() - centre
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     votes = np.zeros((len(queries), classes))
-    for row, query in enumerate(queries.double().numpy()):
+    for row, query in enumerate(queries.double().numpy() - centre):
         similarity = unit @ (query / np.linalg.norm(query))
         for neighbour in np.argsort(-similarity)[:k]:
             votes[row, labels[neighbour]] += math.exp((similarity[neighbour] - 1) / temperature)
@@ -61,8 +63,20 @@ def test_equals_scikit_learn_with_the_same_weights() -> None:
         algorithm="brute",
         weights=lambda distance: np.exp((1 - distance) / TEMPERATURE),
     ).fit(bank.numpy(), labels.numpy())
-    predicted = knn_predict(queries, bank, labels, k=20, num_classes=5)
+    predicted = knn_predict(queries, bank, labels, k=20, num_classes=5, centred=False)
     np.testing.assert_array_equal(predicted.numpy(), peer.predict(queries.numpy()))
+
+
+def test_what_all_rows_share_does_not_matter() -> None:
+    """A white background, or a direction that all embeddings have: cosines of the rows as they are drown in it."""
+    bank, labels = clusters(1003, 24, 7, seed=0)
+    queries, _ = clusters(400, 24, 7, seed=1)
+    offset = torch.full((24,), 64.0)
+    alone = knn_predict(queries, bank, labels, k=20, num_classes=7)
+    shifted = knn_predict(queries + offset, bank + offset, labels, k=20, num_classes=7)
+    assert (alone == shifted).float().mean() > 0.99  # float32 has lost some digits of what is left
+    as_they_are = knn_predict(queries + offset, bank + offset, labels, k=20, num_classes=7, centred=False)
+    assert (as_they_are == alone).float().mean() < 0.98
 
 
 @pytest.mark.parametrize(("query_block", "bank_block"), [(1, 1), (7, 16), (64, 160), (1000, 333), (1000, 100_000)])
@@ -77,11 +91,13 @@ def test_the_closer_neighbour_outvotes_two_farther_ones() -> None:
     # cos 0.99 weighs exp(0.99 / 0.07), 3.5x as much as cos 0.90: more than two of those together.
     angle = torch.tensor([0.99, 0.90, 0.90]).acos()
     bank = torch.stack([angle.cos(), angle.sin() * torch.tensor([1.0, 1.0, -1.0])], dim=1)
-    predicted = knn_predict(torch.tensor([[1.0, 0.0]]), bank, torch.tensor([0, 1, 1]), k=3, num_classes=2)
+    predicted = knn_predict(
+        torch.tensor([[1.0, 0.0]]), bank, torch.tensor([0, 1, 1]), k=3, num_classes=2, centred=False
+    )
     assert predicted.tolist() == [0]
 
 
-def test_uint8_rows_and_row_lengths_do_not_matter() -> None:
+def test_rows_may_be_uint8_and_around_their_centre_have_any_length() -> None:
     generator = torch.Generator().manual_seed(4)
     bank = torch.randint(256, (500, 48), generator=generator, dtype=torch.uint8)
     queries = torch.randint(256, (40, 48), generator=generator, dtype=torch.uint8)
@@ -89,7 +105,8 @@ def test_uint8_rows_and_row_lengths_do_not_matter() -> None:
     expected = oracle(queries, bank, labels, 5, 3).argmax(axis=1)
     np.testing.assert_array_equal(knn_predict(queries, bank, labels, k=5, num_classes=3).numpy(), expected)
     scaled = bank.float() * torch.rand(500, 1, generator=generator).add(0.1)
-    np.testing.assert_array_equal(knn_predict(queries, scaled, labels, k=5, num_classes=3).numpy(), expected)
+    of_both = [knn_predict(queries, x, labels, k=5, num_classes=3, centred=False).numpy() for x in (bank, scaled)]
+    np.testing.assert_array_equal(*of_both)
 
 
 @pytest.mark.parametrize("k", [0, 11])

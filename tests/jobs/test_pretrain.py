@@ -60,6 +60,7 @@ def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_pat
         "models:/toy@champion",
         "left out of kNN and linear probe, not decodable: 3 train images, 0 validation images",
         "3 of 4,000 training images could not be decoded and were replaced; see ",
+        "  warning   knn: the encoder is not shown to be better than raw pixels: ",  # after 8 steps
         "python -m jobs.embed",
     ):
         assert words in first.stdout, first.stdout
@@ -69,6 +70,7 @@ def test_a_folder_run_ends_in_a_registered_encoder_and_is_not_done_twice(tmp_pat
     assert {"model.pt2", "model.safetensors", "config.json", "golden.npz", "README.md"} <= {
         p.name for p in encoder.iterdir()
     }
+    assert "**Not better than raw pixels?** knn: the encoder is not shown" in (encoder / "README.md").read_text()
     entry = json.loads((encoder.parent / "registered.json").read_text())
     assert entry["version"] == "1"
     report = json.loads((encoder.parent / "report.json").read_text())
