@@ -87,10 +87,11 @@ def peer(config: Config, backbone: Backbone) -> float:
             inputs = normalize(images, config.data.mean, config.data.std)
             features[split], labels[split] = backbone(inputs).numpy(), numbers.numpy()
     every = [i * len(labels["train"]) // BANK for i in range(BANK)]
+    centre = features["train"][every].mean(axis=0, dtype=np.float64)
     knn = KNeighborsClassifier(
         20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
-    ).fit(features["train"][every], labels["train"][every])
-    return float(knn.score(features["selection"], labels["selection"]))
+    ).fit(features["train"][every] - centre, labels["train"][every])
+    return float(knn.score(features["selection"] - centre, labels["selection"]))
 
 
 def test_the_score_is_that_of_scikit_learn_and_is_kept(

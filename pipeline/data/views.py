@@ -61,6 +61,8 @@ RECIPES: dict[str, tuple[View, ...]] = {
         View(count=2, crop_scale=(0.2, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),
     ),
     "npid": (View(crop_scale=(0.2, 1.0), jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, blur=0),),
+    # the release's for the whole image, but for its random photometric transform
+    "pirl": (View(count=2, jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, blur=0),),
     "moco-v2": (View(count=2, crop_scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),),
     # table 6 of the paper: the second view is rarely blurred and sometimes solarised
     "byol": (

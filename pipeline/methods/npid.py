@@ -1,11 +1,13 @@
 """NPID, instance discrimination against a memory bank (Wu et al. 2018, arXiv:1805.01978).
 
-As published: a linear head of 128, temperature 0.07, 4,096 noise samples, slots that move by half towards the new
-embedding, and the normaliser Z estimated from the first batch and kept. With several views each is compared with the
-slot, which moves towards their mean; the paper has one.
+As its release has it (github.com/zhirongw/lemniscate.pytorch): a linear head of 128, temperature 0.07, 4,096 noise
+samples, slots that move by half towards the new embedding, and the normaliser Z estimated from the first batch and
+kept. The paper adds a proximal term that holds an embedding near its slot (equation 10); the release has none, so it is
+off unless ``proximal_weight`` is set.
 
 Deviations: one draw of noise serves the whole global batch instead of one per query, which reads 2 MiB of the bank in
-a step of 256 instead of 512; a query's own slot is never its noise; the learning rate falls with a cosine. With
+a step of 256 instead of 512; a query's own slot is never its noise; the learning rate falls with a cosine, not in two
+steps. With several views each is compared with the slot, which moves towards their mean; the paper has one view. With
 ``hard_negatives`` the slots most similar to a query are told from its own too, an option the paper does not have.
 """
 
@@ -39,6 +41,7 @@ class NPIDConfig(MethodConfig):
     projection_dim: int = Field(default=128, ge=1)
     num_negatives: int = Field(default=4096, ge=1)
     hard_negatives: int = Field(default=0, ge=0)  # the slots most similar to each query, as noise besides the drawn
+    proximal_weight: float = Field(default=0.0, ge=0)  # lambda of equation 10
     bank_momentum: float = Field(default=0.5, ge=0, lt=1)
     bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -65,7 +68,7 @@ class NPID(Method):
         super().__init__(backbone, config)
         self.temperature = config.temperature
         self.num_negatives, self.hard_negatives = config.num_negatives, config.hard_negatives
-        self.bank_momentum = config.bank_momentum
+        self.proximal_weight, self.bank_momentum = config.proximal_weight, config.bank_momentum
         self.projection_head = nn.Linear(backbone.feature_dim, config.projection_dim)
         self.bank: Slots = MemoryBank(config.num_samples, config.projection_dim, getattr(torch, config.bank_dtype))
         self.register_buffer("log_z", torch.zeros(()))  # set at the first step
@@ -80,7 +83,7 @@ class NPID(Method):
         return tuple(normalize(self.projection_head(self.backbone(view))) for view in views)
 
     def loss(self, *embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """NCE of each view against the old slots; the slots of the batch then move."""
+        """NCE of each view against the old slots, and its distance from its own; the slots of the batch then move."""
         slots, noise_ids, noise_slots = self.bank.read()
         is_own = self.sample_ids[:, None] == noise_ids[None]
         target = self.slot_target(embeddings).detach()
@@ -98,8 +101,12 @@ class NPID(Method):
             for (own, noise), hard in zip(logits, hard_logits, strict=True)
         ]
         loss = self.combine(torch.stack(losses))
+        metrics = {"loss_vs_chance": loss.detach() / chance(self.num_negatives)}
+        if self.proximal_weight:
+            distances = torch.stack([(f - slots).square().sum(1).mean() for f in embeddings])
+            loss = loss + self.proximal_weight * self.combine(distances)
         self.bank.update(target, self.bank_momentum)
-        return loss, {"loss_vs_chance": loss.detach() / chance(self.num_negatives)}
+        return loss, metrics
 
     def _hard_logits(self, embeddings: tuple[Tensor, ...], target: Tensor) -> list[Tensor | None]:
         """(B, hard_negatives) of each view, against the slots most similar to where the sample's own one moves."""

@@ -1,11 +1,14 @@
 """PIRL: an image and its rotation agree with one slot of a memory bank (Misra, van der Maaten 2020, arXiv:1912.01991).
 
-As published, equation 5: NCE of the slot with the rotated view, through a head of its own, and with the plain view,
-half each; the slot moves towards the plain view alone. The bank and its NCE are NPID's, deviations included.
+Equation 5: NCE of the slot with the rotated view, through a head of its own, and with the plain view, half each; the
+slot moves towards the plain view alone. The bank and its NCE are NPID's, deviations included: as in the authors'
+release (github.com/facebookresearch/vissl, nce_loss.py), a similarity is divided by one constant Z. The paper's
+equation 3 divides it by the sum over its own noise instead.
 
-Deviations: the rotation is the pretext task (the paper's second, after jigsaw), and a step turns all its images by the
-same angle, 90, 180 and 270 degrees in turn: a function of the step, so the same for any number of ranks and
-micro-batches.
+Deviations: the rotation is the pretext task (the paper's second; the release has only its first, jigsaw), and a step
+turns all its images by the same angle, 90, 180 and 270 degrees in turn: a function of the step, so the same for any
+number of ranks and micro-batches. Plain and rotated view are crops of their own; the release cuts its patches and its
+image from one file independently, too.
 """
 
 from typing import ClassVar, Literal
@@ -21,10 +24,10 @@ from pipeline.models.backbone import Backbone, BackboneConfig
 
 
 class PIRLConfig(NPIDConfig):
-    """The paper's values for ImageNet."""
+    """The release's values for ImageNet (pirl_jigsaw_4node_resnet50.yaml)."""
 
     name: Literal["pirl"] = "pirl"  # type: ignore[assignment]
-    views: tuple[View, ...] = RECIPES["moco-v1"]
+    views: tuple[View, ...] = RECIPES["pirl"]
     num_negatives: int = Field(default=32000, ge=1)
     rotated_weight: float = Field(default=0.5, ge=0, le=1)  # lambda: of the rotated view's loss
 

@@ -204,6 +204,23 @@ def test_npid_compares_with_the_old_slots_estimates_z_once_and_then_moves_the_sl
     assert metrics["loss_vs_chance"] > 0
 
 
+def test_the_proximal_term_of_npid_holds_an_embedding_near_its_slot() -> None:
+    """Equation 10 of the paper, in the loss and its gradient; what is told of chance is the rest."""
+    plain, held, other = (small_method("npid", proximal_weight=w).double() for w in (0.0, 30.0, 0.0))
+    old = held.bank.state_dict()["slots"].clone()
+    (base, metrics), (loss, with_it) = plain(batch(0, torch.float64)), held(batch(0, torch.float64))
+    distance = sum(
+        ((f[row] - old[row]) ** 2).sum() / 32 for f in other.embed(batch(0, torch.float64).views) for row in range(16)
+    )
+    torch.testing.assert_close(loss, base + 30 * distance)
+    assert with_it == metrics
+    for module, value in ((plain, base), (held, loss), (other, 30 * distance)):
+        module.zero_grad()
+        value.backward()
+    for a, b, both in zip(*(m.parameters() for m in (plain, other, held)), strict=True):
+        torch.testing.assert_close(both.grad, a.grad + b.grad)
+
+
 def test_the_hardest_slots_of_other_samples_are_more_noise_for_npid() -> None:
     plain, hard = (small_method("npid", hard_negatives=count).double() for count in (0, 49))
     plain.load_state_dict(hard.state_dict())

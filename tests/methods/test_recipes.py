@@ -91,9 +91,9 @@ def test_peak_learning_rates_are_the_papers(recipe: str, peak: float) -> None:
 
 
 def test_learning_rates_end_where_the_releases_do() -> None:
-    """main.py of Barlow Twins and main_vicreg.py: end_lr = base_lr * 0.001; the other releases end at 0."""
+    """main.py of Barlow Twins and main_vicreg.py: end_lr = base_lr * 0.001; VISSL's PIRL: from 0.12 to 0.00012."""
     ends = {config.method.name: config.optim.end_lr for config in map(load_config, RECIPES)}
-    assert {name: end for name, end in ends.items() if end} == {"barlow": 0.001, "vicreg": 0.001}
+    assert {name: end for name, end in ends.items() if end} == {"barlow": 0.001, "vicreg": 0.001, "pirl": 0.001}
 
 
 def test_the_barlow_recipe_steps_as_its_release_on_the_32_gpus_of_the_paper() -> None:
@@ -124,10 +124,20 @@ def test_moco_v3_crops_resnets_and_vits_as_released() -> None:
 
 
 def test_biases_decay_where_the_releases_let_them() -> None:
-    """Those with SGD and AdamW pass model.parameters(); those with LARS leave biases and norms out."""
+    """Those with SGD and AdamW pass model.parameters(); those with LARS leave biases and norms out, and so does VISSL's
+    PIRL (regularize_bias and regularize_bn are false)."""
     simclr = CONFIGS / "simclr-resnet50-224.yaml"
     for config in [*map(load_config, RECIPES), *(load_config(simclr, [str(model)]) for model in MODELS)]:
-        assert config.optim.decay_biases == (config.optim.name != "lars"), config.name
+        leaves_out = config.optim.name == "lars" or config.method.name == "pirl"
+        assert config.optim.decay_biases == (not leaves_out), config.name
+
+
+def test_pirl_draws_the_whole_image_as_its_release_does() -> None:
+    """pirl_jigsaw_4node_resnet50.yaml: crop_scale_image 0.08 to 1, jitter of 0.4, 0.4, 0.4, 0.2 always, gray 0.2."""
+    (view,) = load_config(CONFIGS / "pirl-resnet50-224.yaml").method.views
+    assert (view.count, view.crop_scale, view.jitter) == (2, (0.08, 1.0), 1.0)
+    assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.4, 0.2)
+    assert (view.grayscale, view.flip, view.blur) == (0.2, 0.5, 0)
 
 
 def test_moco_v3_freezes_the_patch_embedding_of_a_vit_and_says_where_there_is_none() -> None:
