@@ -18,6 +18,7 @@ _HIDDEN, _LINK, _TEXT = "hidden files", "links and sparse files", "texts without
 _IMAGE_BYTES = re.compile(  # no TIFF: the raw files of most cameras begin like one
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|....ftypavif", re.DOTALL
 )
+_RANKS = {extension: place for place, extension in enumerate(IMAGE_EXTENSIONS)}
 _BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")
 
 PassOver = Callable[[str, str], object]  # is told the reason, and the name of what is passed over
@@ -119,15 +120,14 @@ def _without_extension(path: str) -> str:
 
 def _rank(path: str) -> int:
     """The place of a path's extension among those of images, behind the last if it is none of these."""
-    extension = path.rpartition(".")[2]
-    return IMAGE_EXTENSIONS.index(extension) if extension in IMAGE_EXTENSIONS else len(IMAGE_EXTENSIONS)
+    return _RANKS.get(path.rpartition(".")[2], len(_RANKS))
 
 
 def _is_image(path: str, member: Member) -> bool:
-    return _rank(path) < len(IMAGE_EXTENSIONS) or _IMAGE_BYTES.match(member.head) is not None
+    return _rank(path) < len(_RANKS) or _IMAGE_BYTES.match(member.head) is not None
 
 
 def _key(path: str, member: Member) -> str:
     """The path without its extension; an image's that only its bytes tell is whole: "scan.0001" may be one of many."""
-    extension_is_known = _rank(path) < len(IMAGE_EXTENSIONS)
-    return path if _is_image(path, member) and not extension_is_known else _without_extension(path)
+    is_whole = _rank(path) == len(_RANKS) and _IMAGE_BYTES.match(member.head)
+    return path if is_whole else _without_extension(path)
