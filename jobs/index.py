@@ -61,7 +61,8 @@ def _report(indexed: Indexed) -> None:
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name):,} shards, {counts}: {manifest.url}")
     labelled, names = int((manifest.samples.label >= 0).sum()), manifest.class_names
-    print(f"{len(names):,} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}), {labelled:,} labels")
+    shown = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    print(f"{len(names):,} classes{shown}, {labelled:,} labels")
     print(f"digest {manifest.digest}")
     if manifest.passed_over:
         print(f"passed over: {listed(manifest.passed_over, indexed.examples)}")

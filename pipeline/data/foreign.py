@@ -28,6 +28,11 @@ _MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
 _ARCHIVES = (".zip", ".7z", ".rar")
 _MAX_COMPANIONS = 8  # kinds of images that may come with samples, such as masks and depths
 _MORE_COMPANIONS = f"more kinds of {COMPANION}"
+_ADVICE = {  # on what may be images
+    HIDDEN_IMAGE: "Names of images must not begin with a dot",
+    _MORE_COMPANIONS: "A name like a.b.jpg beside a.jpg is taken for a mask of a.jpg: write a_b.jpg where it is a sample",
+    NO_IMAGE: f"Formats that are read are {', '.join(IMAGE_EXTENSIONS)}",
+}
 _BAD_LABEL = "labels that are not the number of a class"
 _EMPTY_SHARD, _SKIPPED_SHARD = "shards without an image", "damaged shards"
 
@@ -61,25 +66,24 @@ def find_shards(url: str, splits: Sequence[tuple[str, str]] = ()) -> Found:
     url = storage.resolve(url)
     files = storage.list_files(url)
     tars = [name for name in files if _is_tar(name)]
-    packed = {name: ending for name in files if (ending := _unread_ending(name)) in UNPACK}
     packed = {
-        name: ending for name, ending in packed.items() if name.removesuffix(name[-len(ending) :]) + ".tar" not in files
+        name: ending
+        for name in files
+        if (ending := _unread_ending(name)) in UNPACK and name[: -len(ending)] + ".tar" not in files
     }
     if packed:
         raise StorageError(f"{url}: {_how_to_unpack(packed)}")
     if not tars:
         raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
-    given = dict[str, str]()
+    known, class_names = _known(url)
     for pattern, split in splits:
         matching = {name: split for name in tars if name == pattern or fnmatchcase(name, pattern)}
         if not matching:
             raise StorageError(f"{url}: no shard's name matches {pattern!r}; a name is, e.g., {tars[0]!r}")
-        given |= matching
-    known, class_names = _known(url)
-    known |= given
-    split_by_name = {name: known.get(name) or _split_in_name(url, name) for name in tars}
-    in_order = sorted(split_by_name.items(), key=lambda shard: (_split_rank(shard[1]), shard[0]))
-    return Found(url, files, dict(in_order), class_names)
+        known |= matching
+    split_by_name = known | _splits_in_names(url, [name for name in tars if name not in known])
+    in_order = sorted(tars, key=lambda name: (_split_rank(split_by_name[name]), name))
+    return Found(url, files, {name: split_by_name[name] for name in in_order}, class_names)
 
 
 def index_shards(
@@ -101,42 +105,15 @@ def index_shards(
     StorageError lists all shards that are damaged or have a key at two places, unless ``skip_damaged``; and it tells
     where more than the share ``max_passed_over`` of what may be images is not in the manifest.
     """
-    url, names = found.url, list(found.splits)
-    sizes = [found.files[name].size for name in names]
-    table = {"name": names, "split": list(found.splits.values()), "size": sizes, "count": [0] * len(names)}
-    empty = build_manifest(url, (), table, {"offset": [], "length": [], "crc32": [], "label": []})
-    fetch = open_fetch(empty)
-    receipts = Receipts(url, found.files)
-
-    def index(shard: int) -> ShardRows | ShardError:
-        name = names[shard]
-        version = fingerprint([name, sizes[shard], found.files[name].version])
-        rows = receipts.find(name, version)
-        if rows is None:
-            try:
-                rows = _index_shard(empty, fetch, shard)
-            except ShardError as error:
-                return error
-            receipts.keep(rows, version)
-        rows.split = found.splits[name]
-        return rows
-
-    walked, damaged, done = list[ShardRows](), list[ShardError](), 0
-    with ThreadPoolExecutor(num_threads) as threads:
-        for size, rows in zip(sizes, threads.map(index, range(len(names))), strict=True):
-            if isinstance(rows, ShardError):
-                damaged.append(rows)
-            else:
-                walked.append(rows)
-            done += size
-            on_progress(done, sum(sizes))
+    url, receipts = found.url, Receipts(found.url, found.files)
+    walked, damaged = _walk(found, receipts, num_threads, on_progress)
     if damaged and not skip_damaged:
-        raise ShardError(_all_of(damaged, len(names)))
+        raise ShardError(_all_of(damaged, len(found.splits)))
     shards = [rows for rows in walked if rows.columns["key"]]
     passed_over, examples = _passed_over(found, walked, damaged)
     if not shards:
         raise StorageError(
-            f"{url}: no images in {len(names)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}; passed over: "
+            f"{url}: no images in {len(found.splits)} tars; extensions: {', '.join(IMAGE_EXTENSIONS)}; passed over: "
             f"{listed(passed_over, examples) or 'nothing'}"
         )
     _check_passed_over(url, sum(len(rows.columns["key"]) for rows in shards), passed_over, examples, max_passed_over)
@@ -180,15 +157,18 @@ def _known(url: str) -> tuple[dict[str, str], tuple[str, ...]]:
     return dict(zip(manifest.shards.name, manifest.shards.split, strict=True)), manifest.class_names
 
 
-def _split_in_name(url: str, name: str) -> str:
-    """The split that a shard's name tells: "imagenet/val-0003.tar" -> "validation"."""
-    splits = splits_within(name)
-    if len(splits) > 1:
+def _splits_in_names(url: str, names: Iterable[str]) -> dict[str, str]:
+    """The splits that the shards' names tell: "imagenet/val-0003.tar" -> "validation"; "train" where one tells none."""
+    found = {name: splits_within(name) or ("train",) for name in names}
+    unclear = {name: splits for name, splits in found.items() if len(splits) > 1}
+    if unclear:
+        name, splits = next(iter(unclear.items()))
         raise StorageError(
-            f"{url}: the name {name!r} holds the splits {' and '.join(splits)}; say which one its images are in, e.g. "
-            f"`--split '{name}={splits[-1]}'`, or `--split {splits[-1]}` for all shards"
+            f"{url}: {len(unclear):,} shards have two splits in their names, e.g. {name!r}: {' and '.join(splits)}; "
+            f"say which one it is in with --split {shlex.quote(f'{name}={splits[-1]}')}, which takes patterns too, or give "
+            f"all shards one with --split {splits[-1]}"
         )
-    return splits[0] if splits else "train"
+    return {name: splits[0] for name, splits in found.items()}
 
 
 def _split_rank(split: str) -> tuple[int, str]:
@@ -205,8 +185,10 @@ def _unread_ending(name: str) -> str:
 
 
 def _how_to_unpack(packed: Mapping[str, str]) -> str:
-    first = {UNPACK[ending]: name for name, ending in reversed(packed.items())}
-    commands = ", ".join(f"`{command} {shlex.quote(name)}`" for command, name in reversed(first.items()))
+    first = dict[str, str]()
+    for name, ending in packed.items():
+        first.setdefault(UNPACK[ending], shlex.quote(name))
+    commands = ", ".join(f"`{command} {name}`" for command, name in first.items())
     more = ", ..." if len(packed) > 5 else ""
     return (
         f"{len(packed):,} shards are compressed ({', '.join(list(packed)[:5])}{more}): no image can be read from their "
@@ -251,14 +233,13 @@ def _passed_over(
 def _check_passed_over(
     url: str, num_images: int, passed_over: Counter[str], examples: Mapping[str, str], limit: float
 ) -> None:
-    lost = +Counter({reason: passed_over[reason] for reason in (HIDDEN_IMAGE, _MORE_COMPANIONS, NO_IMAGE)})
+    lost = Counter({reason: passed_over[reason] for reason in _ADVICE if passed_over[reason]})
     total = num_images + lost.total()
     if lost.total() > limit * total:
         raise StorageError(
             f"{url}: {lost.total():,} of {total:,} samples would be passed over, more than {limit:.0%}: "
-            f"{listed(lost, examples)}. An image with a shorter name beside it, as a.b.jpg beside a.jpg, counts as its "
-            "companion: write a_b.jpg where it is a sample. A hidden file's name must not begin with a dot. Formats "
-            f"that are read are {', '.join(IMAGE_EXTENSIONS)}. If this is right, raise the limit: --max-passed-over"
+            f"{listed(lost, examples)}. {'; '.join(_ADVICE[reason] for reason in lost)}. If it is right to pass them "
+            "over, raise the limit with --max-passed-over"
         )
 
 
@@ -266,6 +247,41 @@ def listed(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
     """The most frequent first, with an example: "3 hidden files, e.g. .x in 0.tar; 1 shards without an image"."""
     ordered = sorted(counts.items(), key=lambda reason: -reason[1])
     return "; ".join(f"{count:,} {reason}, e.g. {examples[reason]}" for reason, count in ordered)
+
+
+def _walk(
+    found: Found, receipts: Receipts, num_threads: int, on_progress: Callable[[int, int], object]
+) -> tuple[list[ShardRows], list[ShardError]]:
+    """The shards that are whole, in their order, and what is wrong with the others."""
+    names = list(found.splits)
+    sizes = [found.files[name].size for name in names]
+    table = {"name": names, "split": list(found.splits.values()), "size": sizes, "count": [0] * len(names)}
+    empty = build_manifest(found.url, (), table, {"offset": [], "length": [], "crc32": [], "label": []})
+    fetch = open_fetch(empty)
+
+    def index(shard: int) -> ShardRows | ShardError:
+        name = names[shard]
+        version = fingerprint([name, sizes[shard], found.files[name].version])
+        rows = receipts.find(name, version)
+        if rows is None:
+            try:
+                rows = _index_shard(empty, fetch, shard)
+            except ShardError as error:
+                return error
+            receipts.keep(rows, version)
+        rows.split = found.splits[name]
+        return rows
+
+    walked, damaged, done = list[ShardRows](), list[ShardError](), 0
+    with ThreadPoolExecutor(num_threads) as threads:
+        for size, rows in zip(sizes, threads.map(index, range(len(names))), strict=True):
+            if isinstance(rows, ShardError):
+                damaged.append(rows)
+            else:
+                walked.append(rows)
+            done += size
+            on_progress(done, sum(sizes))
+    return walked, damaged
 
 
 def _index_shard(manifest: Manifest, fetch: Fetch, shard: int) -> ShardRows:

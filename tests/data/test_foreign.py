@@ -157,8 +157,6 @@ def test_again_a_set_keeps_what_only_its_manifest_tells(tmp_path: Path, caplog: 
         ("a.CLS", b"7", 7),
         ("a.cls", b"+3\n", 3),
         ("a.cls", b"3.0", 3),
-        ("a.cls", b"-1", -1),
-        ("a.cls", b"", -1),
         ("a.JSON", b'{"label": 7}', 7),
         ("a.json", b'{"label": "7"}', 7),
         ("a.json", b'{"label": 7.0}', 7),
