@@ -30,7 +30,7 @@ _MAX_COMPANIONS = 8  # kinds of images that may come with samples, such as masks
 _MORE_COMPANIONS = f"more kinds of {COMPANION}"
 _ADVICE = {  # on what may be images
     HIDDEN_IMAGE: "Names of images must not begin with a dot",
-    _MORE_COMPANIONS: "A name like a.b.jpg beside a.jpg is taken for a mask of a.jpg: write a_b.jpg where it is a sample",
+    _MORE_COMPANIONS: "An a.b.jpg beside a.jpg counts as its companion, like a mask: write a_b.jpg if it is a sample",
     NO_IMAGE: f"Formats that are read are {', '.join(IMAGE_EXTENSIONS)}",
 }
 _BAD_LABEL = "labels that are not the number of a class"
@@ -165,8 +165,8 @@ def _splits_in_names(url: str, names: Iterable[str]) -> dict[str, str]:
         name, splits = next(iter(unclear.items()))
         raise StorageError(
             f"{url}: {len(unclear):,} shards have two splits in their names, e.g. {name!r}: {' and '.join(splits)}; "
-            f"say which one it is in with --split {shlex.quote(f'{name}={splits[-1]}')}, which takes patterns too, or give "
-            f"all shards one with --split {splits[-1]}"
+            f"say which one it is in with --split {shlex.quote(f'{name}={splits[-1]}')}, which takes patterns too, or "
+            f"give all shards one with --split {splits[-1]}"
         )
     return {name: splits[0] for name, splits in found.items()}
 

@@ -122,7 +122,7 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
             data = stream.take(size if is_meta and size <= _MAX_META_BYTES else min(size, _HEAD_BYTES))
             checksum = stream.checksum(size - len(data), crc32(data))
             label, bad_label = _said(name, size, data) if is_meta else (None, "")
-            yield Member(name, offset, size, checksum, data[:_HEAD_BYTES], False, label, bad_label)
+            yield Member(name, offset, size, checksum, data[:_HEAD_BYTES], label=label, bad_label=bad_label)
             stream.checksum(-size % _BLOCK)
         elif form not in (b"1", b"2", b"3", b"4", b"5", b"6"):  # what these say of a size is not to be believed
             more = kind == b"S" and header[482]  # the list of its parts goes on in blocks that the size does not count
