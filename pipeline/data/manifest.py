@@ -111,7 +111,10 @@ class Manifest:
         return storage.join(self.url, self.shards.name[shard])
 
     def keys(self) -> list[str]:
-        """Every sample's name in the shards (WebDataset's ``__key__``), by id; read from storage at each call."""
+        """Every sample's name in the shards without its extension, by id; read from storage at each call.
+
+        WebDataset's ``__key__``, unless the name has more dots.
+        """
         keys: list[str] = _undamaged(lambda: _read_columns(self.url, _SAMPLES, _KEY_COLUMN))["key"]
         return keys
 

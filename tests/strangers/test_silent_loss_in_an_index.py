@@ -68,8 +68,8 @@ NAMES: dict[str, tuple[dict[str, bytes], dict[str, int]]] = {
         {"s_0.95_7": 1, "s_1.2_3": -1, "s_0.11_4": -1},
     ),
     "numbers with a point": (
-        images("22.05.png", "./7 Track 2.0 (Clean Version).jpg") | {"./7 Track 2.0 (Clean Version).json": b'{"label": 1}'},
-        {"22.05": -1, "7 Track 2.0 (Clean Version)": 1},
+        images("22.05.png", "./7 Track 2.0 (Clean).jpg") | {"./7 Track 2.0 (Clean).json": b'{"label": 1}'},
+        {"22.05": -1, "7 Track 2.0 (Clean)": 1},
     ),
     "a label beside the whole name": (images("a.jpg") | {"a.jpg.json": b'{"label": 2}'}, {"a": 2}),
     "frames beside an image": (images("a.jpg", "a.0001.jpg", "a.2.jpg"), {"a": -1, "a.0001": -1, "a.2": -1}),
