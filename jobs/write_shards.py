@@ -78,8 +78,8 @@ def _verify(options: argparse.Namespace) -> int:
         damages = verify(manifest, num_threads=options.threads, on_shard=lambda _: bar.update())
     for damage in damages:
         print(f"{damage.shard}: {damage.problem}", file=sys.stderr)
-    whole = len(manifest.shards.name) - len(damages)
-    print(f"{whole} of {len(manifest.shards.name)} shards are whole: {manifest.url}")
+    whole = set(manifest.shards.name) - {damage.shard for damage in damages}
+    print(f"{len(whole)} of {len(manifest.shards.name)} shards are whole: {manifest.url}")
     return 1 if damages else 0
 
 

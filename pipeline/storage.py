@@ -288,7 +288,9 @@ def _filesystem(scheme: str, pid: int, environment: tuple[tuple[str, str], ...])
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether s3fs should try again on an S3 error; by itself it gives up at the first 500."""
+    """Whether s3fs should try again on an S3 error; by itself it gives up at the first 500 or flipped bit."""
+    if type(error).__name__ == "FlexibleChecksumError":  # the body's is not the one in the header
+        return True
     response = getattr(error, "response", None) or {}
     return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504)
 

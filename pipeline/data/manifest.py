@@ -8,9 +8,10 @@ samples take 2.0 GB in memory (20 bytes each); the names of samples stay in the 
 import hashlib
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,13 @@ _SAMPLE_COLUMNS = pa.schema(
     [("offset", pa.int64()), ("length", pa.int32()), ("crc32", pa.uint32()), ("label", pa.int32())]
 )
 _KEY_COLUMN = pa.schema([("key", pa.string())])
+_REFETCHES = 2  # of a manifest that comes damaged: a bit that was flipped on the way is not there twice
 _REMEDY = "copy the folder again, or make the manifest anew with `python -m jobs.index`"
+_T = TypeVar("_T")
+
+
+class _DamagedError(StorageError):
+    """What comes is not the manifest that was written."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Manifest:
     shards: Shards
     samples: Samples
     digest: str  # sha256 over shards, samples, labels and class names
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # what lies there and is not in it, by reason
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -103,8 +111,11 @@ class Manifest:
         return storage.join(self.url, self.shards.name[shard])
 
     def keys(self) -> list[str]:
-        """Every sample's name in the shards (WebDataset's ``__key__``), by id; read from storage at each call."""
-        keys: list[str] = _read_columns(self.url, _SAMPLES, _KEY_COLUMN)["key"]
+        """Every sample's name in the shards without its extension, by id; read from storage at each call.
+
+        WebDataset's ``__key__``, unless the name has more dots.
+        """
+        keys: list[str] = _undamaged(lambda: _read_columns(self.url, _SAMPLES, _KEY_COLUMN))["key"]
         return keys
 
     def verify_present(self) -> None:
@@ -126,42 +137,60 @@ class Manifest:
     @classmethod
     def load(cls, shards_url: str) -> "Manifest":
         """Read and check the manifest of a folder. StorageError where there is none or it is damaged."""
-        url = storage.resolve(shards_url)
-        header_url = storage.join(url, HEADER)
-        try:
-            header = json.loads(storage.read_bytes(header_url))
-        except storage.MissingError as error:
-            raise storage.MissingError(
-                f"{url} holds no {HEADER}; write shards with `python -m jobs.write_shards`, or make a manifest "
-                "for tars that other tools wrote with `python -m jobs.index`"
-            ) from error
-        except ValueError as error:  # of the JSON or of its encoding
-            raise StorageError(f"{header_url} is not JSON: {error}; {_REMEDY}") from error
-        if not isinstance(header, dict):
-            raise StorageError(f"{header_url} is not the header that was written but {header!r:.40}; {_REMEDY}")
-        if header.get("format") != _FORMAT:
-            raise StorageError(
-                f"{header_url} has format {header.get('format')!r:.40}, this version reads {_FORMAT}; {_REMEDY}"
-            )
-        class_names, digest = header.get("class_names"), header.get("digest")
-        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-            raise StorageError(f"{header_url}: class_names is {class_names!r:.40}, not a list of names; {_REMEDY}")
-        manifest = build_manifest(
-            url,
-            tuple(class_names),
-            _read_columns(url, _SHARDS, _SHARD_COLUMNS),
-            _read_columns(url, _SAMPLES, _SAMPLE_COLUMNS),
+        return _undamaged(lambda: _load(storage.resolve(shards_url)))
+
+
+def _undamaged(read: Callable[[], _T]) -> _T:
+    """What is read; if it comes damaged, what is read then."""
+    for _ in range(_REFETCHES):
+        with suppress(_DamagedError):
+            return read()
+    return read()
+
+
+def _load(url: str) -> Manifest:
+    header_url = storage.join(url, HEADER)
+    try:
+        header = json.loads(storage.read_bytes(header_url))
+    except storage.MissingError as error:
+        raise storage.MissingError(
+            f"{url} holds no {HEADER}; write shards with `python -m jobs.write_shards`, or make a manifest "
+            "for tars that other tools wrote with `python -m jobs.index`"
+        ) from error
+    except ValueError as error:  # of the JSON or of its encoding
+        raise _DamagedError(f"{header_url} is not JSON: {error}; {_REMEDY}") from error
+    if not isinstance(header, dict):
+        raise _DamagedError(f"{header_url} is not the header that was written but {header!r:.40}; {_REMEDY}")
+    if header.get("format") != _FORMAT:
+        raise _DamagedError(
+            f"{header_url} has format {header.get('format')!r:.40}, this version reads {_FORMAT}; {_REMEDY}"
         )
-        if manifest.digest != digest:
-            raise StorageError(
-                f"{url}: the manifest's rows have the digest {manifest.digest[:12]}, its header says {digest!s:.12}; "
-                f"{_REMEDY}"
-            )
-        return manifest
+    class_names, passed_over = header.get("class_names"), header.get("passed_over", {})
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise _DamagedError(f"{header_url}: class_names is {class_names!r:.40}, not a list of names; {_REMEDY}")
+    if not isinstance(passed_over, dict) or not all(isinstance(count, int) for count in passed_over.values()):
+        raise _DamagedError(f"{header_url}: passed_over is {passed_over!r:.40}, not a count by reason; {_REMEDY}")
+    manifest = build_manifest(
+        url,
+        tuple(class_names),
+        _read_columns(url, _SHARDS, _SHARD_COLUMNS),
+        _read_columns(url, _SAMPLES, _SAMPLE_COLUMNS),
+        passed_over,
+    )
+    if manifest.digest != header.get("digest"):
+        raise _DamagedError(
+            f"{url}: the manifest's rows have the digest {manifest.digest[:12]}, its header says "
+            f"{header.get('digest')!s:.12}; {_REMEDY}"
+        )
+    return manifest
 
 
 def build_manifest(
-    url: str, class_names: tuple[str, ...], shards: Mapping[str, Any], samples: Mapping[str, Any]
+    url: str,
+    class_names: tuple[str, ...],
+    shards: Mapping[str, Any],
+    samples: Mapping[str, Any],
+    passed_over: Mapping[str, int] | None = None,
 ) -> Manifest:
     """A manifest from columns; ``shards``: name, split, size, count; ``samples``: as ``Samples`` without id."""
     table = Shards(
@@ -172,7 +201,9 @@ def build_manifest(
     )
     num_samples = len(samples["offset"])
     if (table.count < 0).any() or table.count.sum() != num_samples:
-        raise StorageError(f"{url}: the shards hold {table.count.sum()} samples, the manifest {num_samples}; {_REMEDY}")
+        raise _DamagedError(
+            f"{url}: the shards hold {table.count.sum()} samples, the manifest {num_samples}; {_REMEDY}"
+        )
     rows = Samples(
         first_id=0,
         shard=np.repeat(np.arange(len(table.name), dtype=np.int32), table.count),
@@ -183,8 +214,8 @@ def build_manifest(
     )
     changes = sum(a != b for a, b in zip(table.split, table.split[1:], strict=False))
     if changes and changes + 1 != len(set(table.split)):
-        raise StorageError(f"{url}: the shards of a split are not contiguous in the manifest")
-    return Manifest(url, class_names, table, rows, _digest(class_names, table, rows))
+        raise _DamagedError(f"{url}: the shards of a split are not contiguous in the manifest")
+    return Manifest(url, class_names, table, rows, _digest(class_names, table, rows), passed_over or {})
 
 
 def save_manifest(manifest: Manifest, keys: list[str]) -> None:
@@ -203,13 +234,14 @@ def save_manifest(manifest: Manifest, keys: list[str]) -> None:
     )
     for name, table in ((_SHARDS, shards), (_SAMPLES, samples)):
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)  # the digest does not cover keys
         storage.write_bytes(storage.join(manifest.url, name), buffer.getvalue())
     header = {
         "format": _FORMAT,
         "digest": manifest.digest,
         "splits": {name: manifest.split(name).num_samples for name in manifest.splits},
         "class_names": list(manifest.class_names),
+        "passed_over": dict(manifest.passed_over),
     }
     storage.write_bytes(storage.join(manifest.url, HEADER), json.dumps(header, indent=1).encode())
 
@@ -219,12 +251,17 @@ def _read_columns(url: str, name: str, columns: pa.Schema) -> dict[str, Any]:
     file_url = storage.join(url, name)
     data = io.BytesIO(storage.read_bytes(file_url))
     try:
-        table = pq.ParquetFile(data).read(columns=columns.names).select(columns.names).cast(columns)
+        table = (
+            pq.ParquetFile(data, page_checksum_verification=True)
+            .read(columns=columns.names)
+            .select(columns.names)
+            .cast(columns)
+        )
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise StorageError(f"{file_url} is not the Parquet file that was written: {error}; {_REMEDY}") from error
+        raise _DamagedError(f"{file_url} is not the Parquet file that was written: {error}; {_REMEDY}") from error
     for column in columns.names:
         if table[column].null_count:
-            raise StorageError(f"{file_url}: {table[column].null_count} rows have no {column}; {_REMEDY}")
+            raise _DamagedError(f"{file_url}: {table[column].null_count} rows have no {column}; {_REMEDY}")
     return {
         field.name: table[field.name].to_pylist() if field.type == pa.string() else table[field.name].to_numpy()
         for field in columns

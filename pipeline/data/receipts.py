@@ -27,9 +27,15 @@ class ShardRows:
     columns: dict[str, list[Any]] = field(
         default_factory=lambda: {"key": [], "offset": [], "length": [], "crc32": [], "label": []}
     )
-    without_image: int = 0  # groups of members that were passed over, in a tar that another tool wrote
-    bad_labels: int = 0  # samples there whose label is not the number of a class
-    bad_label: str = ""  # one of these
+    passed_over: dict[str, int] = field(
+        default_factory=dict
+    )  # what of another tool's tar is not in the columns, by why
+    examples: dict[str, str] = field(default_factory=dict)  # one of each
+
+    def pass_over(self, reason: str, example: str) -> None:
+        """Count what does not become a row, or a label."""
+        self.passed_over[reason] = self.passed_over.get(reason, 0) + 1
+        self.examples.setdefault(reason, example)
 
 
 class Receipts:

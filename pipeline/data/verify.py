@@ -8,9 +8,13 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.fetch import open_fetch
-from pipeline.data.foreign import groups, label_of, walk_tar
+from pipeline.data.foreign import shards_beside
+from pipeline.data.groups import groups, label_of, samples_of
 from pipeline.data.manifest import Manifest
+from pipeline.data.members import walk_tar
 from pipeline.storage import StorageError
+
+_REMEDY = "make it anew with `python -m jobs.index`"
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ def verify(
 ) -> list[Damage]:
     """What is damaged, shard by shard; empty = sizes, tar headers, images and labels are right.
 
-    ``on_shard`` is told each shard's name.
+    A shard with samples that the manifest does not list is damaged, too, and one that it does not list at all, unless
+    what was passed over when it was made tells why. ``on_shard`` is told each shard's name.
     """
     fetch = open_fetch(manifest)
     sizes = storage.list_sizes(manifest.url)
@@ -42,21 +47,29 @@ def verify(
             samples.offset[rows].tolist(), samples.length[rows].tolist(), samples.crc32[rows].tolist(), strict=True
         )
         unseen = dict(zip(images, range(rows.start, rows.stop), strict=True))
-        wrong_labels = []
+        wrong_labels, unlisted = [], []
+        offsets = set(samples.offset[rows].tolist())
         try:
-            for _, members in groups(walk_tar(manifest, fetch, shard), manifest.shard_url(shard)):
-                for member in members.values():
+            for group in groups(walk_tar(manifest, fetch, shard), manifest.shard_url(shard)):
+                unlisted += [image.name for image in samples_of(group).values() if image.offset not in offsets]
+                for member in group.values():
                     row = unseen.pop((member.offset, member.size, member.crc32), None)
-                    if row is not None and not _is_label(manifest, int(samples.label[row]), label_of(members)[0]):
+                    if row is not None and not _is_label(manifest, int(samples.label[row]), label_of(member, group)[0]):
                         wrong_labels.append(row)
         except StorageError as error:
             return str(error)
         wrong = {"checksum": list(unseen.values()), "label": wrong_labels}
-        return "; ".join(
+        problems = [
             f"wrong {what} of {len(ids)} samples: {', '.join(map(str, ids[:20]))}" for what, ids in wrong.items() if ids
-        )
+        ]
+        if unlisted:
+            problems.append(f"{len(unlisted)} images are not in the manifest, e.g. {unlisted[0]}; {_REMEDY}")
+        return "; ".join(problems)
 
-    damages = []
+    damages = [
+        Damage(name, f"is not in the manifest, nor counted as passed over; {_REMEDY}")
+        for name in shards_beside(manifest, sizes)
+    ]
     with ThreadPoolExecutor(num_threads) as threads:
         for name, problem in zip(manifest.shards.name, threads.map(check, range(len(starts) - 1)), strict=True):
             on_shard(name)

@@ -9,7 +9,7 @@ import io
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,8 +204,13 @@ def _earlier_shards(url: str) -> set[str]:
     return {name for name in table["name"].to_pylist() if re.fullmatch(r"[a-z][a-z0-9_]*-\d{6}\.tar", name)}
 
 
-def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRows]) -> Manifest:
-    """Build and save the manifest of shards that lie at ``url`` already, those of a split side by side."""
+def commit_manifest(
+    url: str, class_names: tuple[str, ...], shards: list[ShardRows], passed_over: Mapping[str, int] | None = None
+) -> Manifest:
+    """Build and save the manifest of shards that lie at ``url`` already, those of a split side by side.
+
+    ``passed_over``: how much of what lies there is not in it, by reason.
+    """
     columns = {name: [v for shard in shards for v in shard.columns[name]] for name in shards[0].columns}
     keys = columns.pop("key")
     table = {
@@ -214,7 +219,7 @@ def commit_manifest(url: str, class_names: tuple[str, ...], shards: list[ShardRo
         "size": [shard.size for shard in shards],
         "count": [len(shard.columns["key"]) for shard in shards],
     }
-    manifest = build_manifest(url, class_names, table, columns)
+    manifest = build_manifest(url, class_names, table, columns, passed_over)
     save_manifest(manifest, keys)
     return manifest
 

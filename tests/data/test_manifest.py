@@ -32,6 +32,8 @@ REMEDY = ".*; copy the folder again, or make the manifest anew with `python -m j
         ({"format": 1}, r"manifest\.json: class_names is None"),
         ({"class_names": 5}, r"manifest\.json: class_names is 5"),
         ({"class_names": [5]}, r"manifest\.json: class_names is \[5\]"),
+        ({"passed_over": ["hidden files"]}, r"manifest\.json: passed_over is \['hidden files'\]"),
+        ({"passed_over": {"hidden files": None}}, r"manifest\.json: passed_over is \{'hidden files': None\}"),
         ({"digest": 3}, "its header says 3"),
         ({"digest": None}, "its header says None"),
     ],
@@ -43,6 +45,14 @@ def test_a_header_of_another_form(manifest: Manifest, header: Any, words: str) -
     file.write_text(json.dumps(header))
     with pytest.raises(StorageError, match=words + REMEDY):
         Manifest.load(manifest.url)
+
+
+def test_a_header_of_before_anything_was_counted(manifest: Manifest) -> None:
+    file = Path(manifest.url, "manifest.json")
+    header = json.loads(file.read_text())
+    assert header.pop("passed_over") == {}
+    file.write_text(json.dumps(header))
+    assert Manifest.load(manifest.url).digest == manifest.digest
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b""])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.foreign import index_shards
+from pipeline.data.foreign import find_shards, index_shards
 from pipeline.data.verify import verify
 from pipeline.data.writer import Sample, write_shards
 from tests.data.images import photos
@@ -77,7 +77,7 @@ def test_verify_knows_the_labels_of_other_tools_shards(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    manifest = index_shards(str(tmp_path)).manifest
+    manifest = index_shards(find_shards(str(tmp_path))).manifest
     assert verify(manifest) == []
     shard = tmp_path / "x.tar"
     shard.write_bytes(shard.read_bytes().replace(b"3000000000", b"3000000001"))
