@@ -7,6 +7,7 @@ Submitting the same sweep again takes it up where it ended, or says that it is c
 
 import argparse
 import itertools
+import shlex
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -175,7 +176,7 @@ def print_summary(sweep: Sweep, folder: SweepFolder, results: SweepResults, seco
   best      {results.final.trial}: {storage.join(folder.url, "best.yaml")}
   encoder   {results.final.encoder}  (version {results.final.version}, in {results.tracking_uri})
   pictures  {folder.url}
-  again     python -m jobs.pretrain {storage.join(folder.url, "best.yaml")} seed=1
+  again     python -m jobs.pretrain {shlex.quote(storage.join(folder.url, "best.yaml"))} seed=1
 {"-" * 78}""")
 
 
