@@ -423,7 +423,7 @@ def _read_csv(data: bytes) -> pa.Table:
         pa.csv.ReadOptions(autogenerate_column_names=True),
         pa.csv.ParseOptions(delimiter=_delimiter(data)),
     )
-    header = [column[0].as_py() for column in table.columns]  # bytes above what is not UTF-8
+    header = [column[0].as_py() or "" for column in table.columns]  # bytes above what is not UTF-8, None above numbers
     names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in header]
     return table.slice(1).rename_columns(names)
 
