@@ -95,9 +95,11 @@ def read_layout(found: Collection[Folders], layout: Layout, names: Names) -> dic
 
 def deeper_classes(found: Collection[Folders], layout: Layout) -> str:
     """The template by which the folders in the only class are the classes; "" if there are none, or more classes."""
-    at = layout.index(CLASS) if CLASS in layout else 0
-    classes, below = _at(found, at), _at(found, at + 1) - {LOOSE}
-    return "/".join((*layout[:at], *classes, CLASS)) if len(classes) == 1 and len(below) > 1 else ""
+    if layout[-1] != CLASS:
+        return ""
+    *above, _ = layout
+    classes, below = _at(found, len(above)), _at(found, len(layout)) - {LOOSE}
+    return "/".join((*above, *classes, CLASS)) if len(classes) == 1 and len(below) > 1 else ""
 
 
 def split_named(name: str, names: Names) -> str | None:

@@ -356,7 +356,7 @@ def _table(url: str, names: Mapping[str, str]) -> Source:
     table = _read_table(url)
     rows = table.num_rows
     labels, words = _labels(table, url) if "label" in table.column_names else ([None] * rows, Counter[str]())
-    splits = _splits(table, url, names) if "split" in table.column_names else ["train"] * rows
+    splits = _splits(table, url, names)
     class_names, numbers = _numbered(labels)
     folder = url.rpartition("/")[0]
     items = []
@@ -440,6 +440,9 @@ def _delimiter(data: bytes) -> str:
 
 def _splits(table: pa.Table, url: str, names: Mapping[str, str]) -> list[str]:
     """Each row's split. LayoutError on names that only hold the word, such as "train2"."""
+    if "split" not in table.column_names:
+        check_used(names, ())
+        return ["train"] * table.num_rows
     texts = [text.strip() for text in _texts(table, "split", url)]
     splits = {text: split_named(text, names) or text for text in texts}
     for row, text in enumerate(texts, start=1):

@@ -102,6 +102,7 @@ def suggested(error: str) -> list[list[str]]:
             ("cat", "train"),
         ),
         (["cat/x.png", "dog/a/y.png", "z.png"], {"train": ["cat/x:cat", "dog/a/y:dog", "z:"]}, ("cat", "dog")),
+        (["c/photo of a train.png", "c/val.png"], {"train": ["c/photo of a train:c", "c/val:c"]}, ("c",)),
         (["latest/x.png", "valley/y.png"], {"train": ["latest/x:latest", "valley/y:valley"]}, ("latest", "valley")),
     ],
 )
@@ -285,6 +286,11 @@ def test_one_class_above_all_folders_is_told_with_the_option_that_goes_deeper(tm
     assert written(source, tmp_path / "out")[1] == ("my images",)
     (template,) = re.findall(r"if these are the classes, --split-by (.*) says so", capsys.readouterr().out)
     assert written(source, tmp_path / "deeper", "--split-by", *shlex.split(template))[1] == ("cat", "dog")
+    source = tree(tmp_path / "two", "cat/train/x.png", "cat/val/y.png")
+    written(source, tmp_path / "wrapped")
+    written(source, tmp_path / "split", "--split-by", "{class}/{split}")
+    written(source, tmp_path / "plain", "--split-by", "cat/{split}")
+    assert "if these are the classes" not in capsys.readouterr().out
 
 
 def table(folder: Path, text: str | bytes, name: str = "t.csv") -> str:
@@ -375,6 +381,8 @@ def test_a_table_s_splits_have_the_names_that_folders_have(tmp_path: Path, capsy
     own = ["--split", "train2=train2", "--split", "Val-A=val"]
     assert written(source, tmp_path / "out3", *own)[0].keys() == {"train", "validation", "train2"}
     assert "no split is called 'x' there" in refusal(capsys, source, tmp_path / "out4", *own, "--split", "x=train")
+    source = table(tmp_path, "path\n0.png\n")
+    assert "no split is called 'x' there, but none" in refusal(capsys, source, tmp_path / "out4", "--split", "x=train")
 
 
 @pytest.mark.parametrize("word", ["None", "nan", "NULL", "N/A"])
