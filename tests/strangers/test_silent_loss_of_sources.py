@@ -18,6 +18,7 @@ from pipeline.config import load_config
 from pipeline.data.decode import decode
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import IMAGE_EXTENSIONS, SourceError, open_source
+from pipeline.evaluate.report import EvaluationReport
 from pipeline.preflight import prepare_shards
 from pipeline.runs import Registration, Run, RunReport
 from pipeline.sweep.config import load_sweep
@@ -462,7 +463,9 @@ def test_the_commands_that_jobs_print_can_be_pasted(tmp_path: Path, capsys: Capt
     capsys.readouterr()
     uri = f"sqlite:///{out}/ml flow.db"
     entry = Registration(tracking_uri=uri, mlflow_run_id="r", name="my model", version="1", alias="best", model_uri="m")
-    pretrain.print_summary(config, manifest, Run(config, manifest.digest), RunReport.model_construct(), entry)
+    evaluated = EvaluationReport(train_images=1, validation_images=0, num_classes=0)
+    report = RunReport(config=config.evaluate, report=evaluated)
+    pretrain.print_summary(config, manifest, Run(config, manifest.digest), report, entry)
     printed = capsys.readouterr().out
     embed = re.search(r"next +(python .*)\n---", printed, re.DOTALL)
     browse = re.search(r"metrics +(mlflow .*)", printed)
