@@ -88,7 +88,7 @@ def embed(arguments: argparse.Namespace) -> None:
     print(f"""\
 {done.shards} shards are embedded by {encoder.name} version {encoder.version}
   files  {out_url}/*.parquet
-  read   pyarrow.parquet.read_table("{out_url}"): sample_id, embedding, model_name, model_version""")
+  read   pyarrow.parquet.read_table({out_url!r}): sample_id, embedding, model_name, model_version""")
 
 
 def _share(text: str) -> float:

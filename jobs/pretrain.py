@@ -6,6 +6,7 @@ Submitting the same config again resumes it, or says that it is complete.
 """
 
 import argparse
+import shlex
 import time
 
 import torch
@@ -134,7 +135,8 @@ def print_summary(
     bad, images = len(report.quarantine), manifest.split("train").num_samples
     replaced = f"{bad:,} of {images:,} training images could not be decoded and were replaced; see {run.report_url}"
     doubts = "".join(f"  warning   {doubt}\n" for doubt in report.report.doubts())
-    browse = entry.tracking_uri if is_server else f"mlflow ui --backend-store-uri {entry.tracking_uri}"
+    quote = shlex.quote
+    browse = entry.tracking_uri if is_server else f"mlflow ui --backend-store-uri {quote(entry.tracking_uri)}"
     print(f"""\
 {"-" * 78}
 {run.id} is complete{f" after {seconds / 60:.1f} min" if seconds is not None else ""}
@@ -143,9 +145,9 @@ def print_summary(
   metrics   {browse}
 {f"  bad data  {replaced}{chr(10)}" if bad else ""}\
 {doubts}\
-  next      python -m jobs.embed --model {model} \\
-              --tracking-uri {entry.tracking_uri} \\
-              --data {config.shards_url} --out {config.storage.url}/embeddings
+  next      python -m jobs.embed --model {quote(model)} \\
+              --tracking-uri {quote(entry.tracking_uri)} \\
+              --data {quote(config.shards_url)} --out {quote(f"{config.storage.url}/embeddings")}
 {"-" * 78}""")
 
 

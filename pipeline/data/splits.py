@@ -1,8 +1,8 @@
 """Which split a name stands for: one rule for folders, names of shards and columns of tables.
 
 "Train", "TRAINING" and "train " are the train split; "val", "valid", "dev", "eval" the validation split. A name that
-only holds such a word ("train2017", "val_images") may be a split or a class ("train station"): whoever meets it
-refuses it and names the option that says what it is.
+only holds such a word ("train2017", "val_images", "trainA") may be a split or a class ("train station"): whoever meets
+it refuses it and names the option that says what it is.
 """
 
 import re
@@ -14,6 +14,7 @@ _SPLITS = {
 }
 SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}  # every word that names a split
 SPLIT_NAME = r"[a-z][a-z0-9_]*"  # begins the names of its shards
+_WORD = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+"  # "ValImages" has two
 
 
 def split_of(name: str) -> str | None:
@@ -23,4 +24,5 @@ def split_of(name: str) -> str | None:
 
 def splits_within(name: str) -> tuple[str, ...]:
     """The splits that the words of a name stand for, in their order: "imagenet-Val2017.tar" -> ("validation",)."""
-    return tuple(dict.fromkeys(SPLIT_OF[word] for word in re.findall(r"[a-z]+", name.casefold()) if word in SPLIT_OF))
+    words = [word.casefold().removesuffix("set") for word in re.findall(_WORD, name)]  # "testset"
+    return tuple(dict.fromkeys(SPLIT_OF[word] for word in words if word in SPLIT_OF))
