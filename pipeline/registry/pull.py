@@ -64,9 +64,9 @@ def resolve(model_uri: str, tracking_uri: str) -> Resolved:
             ) from error
     if FILES_TAG not in found.tags:
         raise RegistryError(
-            f"{name} version {found.version} in {tracking_uri} has no tag {FILES_TAG}, so nothing says which files were "
-            "registered: other code than this registered it, or the tag was deleted; name another version, or register "
-            "the encoder again with python -m jobs.pretrain"
+            f"{name} version {found.version} in {tracking_uri} has no tag {FILES_TAG}, so nothing says which files it "
+            "was registered with: other code than this registered it, or the tag was deleted; name another version, or "
+            "submit the run that trained it again, which registers a new one"
         )
     registry_uri = _without_user(client.tracking_uri)
     return Resolved(name, int(found.version), found.source, found.tags[FILES_TAG], registry_uri)

@@ -98,6 +98,22 @@ def register_run(run: Run, mlflow_run_id: str, tags: Mapping[str, str]) -> Regis
     return registration
 
 
+def registered(run: Run) -> Registration | None:
+    """The run's mark, if the registry still has this version: it may be deleted, and its number be given anew."""
+    entry = run.registration()
+    if entry is None:
+        return None
+    client = connect(entry.tracking_uri)
+    with server_errors(entry.tracking_uri):
+        try:
+            version = client.get_model_version(entry.name, entry.version)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+    return entry if version.source == entry.model_uri and FILES_TAG in version.tags else None
+
+
 def _find_version(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
     """The first version of this encoder that can be pulled, which is the one that counts."""
     found = client.search_model_versions(f"name = '{name}' and tag.`{DIGEST_TAG}` = '{digest}'")
