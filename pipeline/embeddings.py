@@ -170,7 +170,7 @@ def _footer(url: str, size: int, origin: Origin, manifest: Manifest, shard: int)
     name, count = manifest.shards.name[shard], int(manifest.shards.count[shard])
     here, expected = found.differences(origin)
     if found.shard != name:
-        here, expected = f"shard {found.shard} {here}", f"shard {name} {expected}"
+        here, expected = f"shard {found.shard} {here}".rstrip(), f"shard {name} {expected}".rstrip()
     if here:
         raise EmbedError(
             f"{url} comes from another folder: it has {here}, this folder has {expected}; delete it and its shard is "

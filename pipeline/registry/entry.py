@@ -64,8 +64,8 @@ def _fetch_file(repository: ArtifactRepository, path: str, expected: str, folder
     try:
         repository.download_artifacts(path, str(folder))
     except Exception as error:  # every store has exceptions of its own: name them all, keep the cause
-        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
-        raise RegistryError(f"{path} cannot be fetched from {repository.artifact_uri}: {reason}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise RegistryError(f"{path} cannot be fetched from {repository.artifact_uri}: {reason:.200}") from error
     file = folder / path
     found = sha256(file) if file.is_file() else "no file"
     if found != expected:

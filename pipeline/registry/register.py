@@ -103,8 +103,8 @@ def registered(run: Run) -> Registration | None:
     entry = run.registration()
     if entry is None:
         return None
-    client = connect(entry.tracking_uri)
-    with server_errors(entry.tracking_uri):
+    client = connect(run.config.tracking_uri)
+    with server_errors(run.config.tracking_uri):
         try:
             version = client.get_model_version(entry.name, entry.version)
         except MlflowException as error:

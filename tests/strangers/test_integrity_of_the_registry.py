@@ -428,7 +428,7 @@ def test_a_file_of_another_origin_or_shard_is_refused(
     with pytest.raises(EmbedError, match=rf"{first} comes from another folder: it has encoder_digest 0{{64}}"):
         held(out, origin, shards)
     shutil.copy(second, first)
-    with pytest.raises(EmbedError, match=rf"{first} comes from another folder: it has shard {shards.shards.name[1]}"):
+    with pytest.raises(EmbedError, match=rf"{first} comes from another folder: it has shard {shards.shards.name[1]},"):
         held(out, origin, shards)
     pq.write_table(pq.read_table(second).replace_schema_metadata(None), first)
     with pytest.raises(EmbedError, match=rf"{first} does not say what its embeddings were made from"):
