@@ -34,6 +34,7 @@ from tests.encoders import export_tiny, of_another_run, tiny_backbone
 from tests.jobs import refusals
 from tests.servers import MLflowServer
 
+TINY = "tiny-of-two-registries"
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
@@ -70,11 +71,10 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> str:
-    """Somebody else's, whose ``tiny`` version 1 has other weights."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('other')}/mlflow.db"
-    assert register(uri, bundles.evil, "tiny") == 1
-    return uri
+def other(mlflow_server: MLflowServer, bundles: Bundles) -> str:
+    """Somebody else's, whose TINY version 1 has other weights."""
+    assert register(mlflow_server.uri, bundles.evil, TINY) == 1
+    return mlflow_server.uri
 
 
 class Registered(NamedTuple):
@@ -146,7 +146,7 @@ def test_a_version_whose_files_were_swapped_is_refused_by_pull_and_embed(
     """By another encoder with its own golden embedding, card and list of hashes: every file fits every other."""
     uri = request.getfixturevalue("mlflow_server").uri if backend == "server" else request.getfixturevalue("local")
     victim = registered_at(uri, bundles, tmp_path)
-    entry = pull("models:/tiny/1", other, tmp_path / "swap").folder
+    entry = pull(f"models:/{TINY}/1", other, tmp_path / "swap").folder
     MlflowClient(uri).log_model_artifacts(victim.model_id, str(entry))
 
     options = ["--out", str(tmp_path / "out"), "--tracking-uri", uri]
@@ -279,14 +279,14 @@ def test_another_registrys_version_of_the_same_name_and_number_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = str(tmp_path / "out")
-    assert register(local, bundles.good, "tiny") == 1
-    claim(out, origin_of("models:/tiny/1", local, shards.digest), shards.url)
+    out, model = str(tmp_path / "out"), f"models:/{TINY}/1"
+    assert register(local, bundles.good, TINY) == 1
+    claim(out, origin_of(model, local, shards.digest), shards.url)
     options = ["--data", shards.url, "--out", out, "--tracking-uri", other]
-    refusals.refused(monkeypatch, embed_job.main, "jobs.embed", "--model", "models:/tiny/1", *options)
+    refusals.refused(monkeypatch, embed_job.main, "jobs.embed", "--model", model, *options)
     error = capsys.readouterr().err
     assert f"registry_uri {local}, these would have encoder_digest" in error
-    assert f"registry_uri {other}; go on with those by --model models:/tiny/1 --tracking-uri {local}, or name" in error
+    assert f"registry_uri {other}; go on with those by --model {model} --tracking-uri {local}, or name" in error
 
 
 def test_an_alias_that_moved_is_refused_with_the_version_that_goes_on(
