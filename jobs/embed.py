@@ -2,7 +2,8 @@
 
     python -m jobs.embed --model models:/<name>@champion --data <shards url> --out <url> --tracking-uri <uri>
 
-The alias is resolved once, here; every row names the version. Running the same command again embeds what is missing.
+The alias is resolved once, here; every row names the version. Running the same command again embeds what is missing:
+the folder says which files of which registry's encoder, and which shards, its embeddings were made from.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pipeline.archive import load_archive
 from pipeline.arguments import positive
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest
+from pipeline.embeddings import Origin, claim, held
 from pipeline.errors import UserError, explained
 from pipeline.export import check_golden
 from pipeline.registry.pull import pull
@@ -60,11 +62,23 @@ def embed(arguments: argparse.Namespace) -> None:
         pulled = pull(arguments.model, arguments.tracking_uri, Path(folder) / "entry")
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
 
-        from pipeline.cluster.connection import connected  # Ray takes 3 s to import; a mistake should not cost them
-        from pipeline.cluster.embed import Embedded, Encoder, embed_shards
+        origin = Origin(
+            model_name=pulled.name,
+            model_version=pulled.version,
+            encoder_digest=pulled.digest,
+            registry_uri=pulled.registry_uri,
+            data_digest=manifest.digest,
+        )
+        claim(out_url, origin, manifest.url)
+        earlier = held(out_url, origin, manifest)
 
-        encoder = Encoder.read(pulled.name, pulled.version, pulled.folder)
-    print(f"{arguments.model} is {encoder.name} version {encoder.version}; its golden embedding is reproduced")
+        from pipeline.cluster.connection import connected  # Ray takes 3 s to import; a mistake should not cost them
+        from pipeline.cluster.embed import Embedded, embed_shards, read_encoder
+
+        encoder = read_encoder(pulled.folder)
+    print(f"{arguments.model} is {pulled.name} version {pulled.version}; its golden embedding is reproduced")
+    if earlier.damaged:
+        print(f"  not whole, so not taken for done: {', '.join(earlier.damaged)}")
 
     def show(done: Embedded) -> None:
         rate = f", {done.images / done.seconds:,.0f} images/s" if done.seconds else ""
@@ -74,8 +88,10 @@ def embed(arguments: argparse.Namespace) -> None:
         done = embed_shards(
             encoder,
             manifest,
+            origin,
             out_url,
             splits=splits,
+            done=earlier.undecodable,
             batch_size=arguments.batch_size,
             max_actors=arguments.actors,
             cpus_per_actor=cluster.cpus_per_worker,
@@ -83,10 +99,10 @@ def embed(arguments: argparse.Namespace) -> None:
             on_progress=show,
         )
     if done.undecodable:
-        total = done.images + done.undecodable
+        total = sum(manifest.split(split).num_samples for split in splits)
         print(f"  {done.undecodable:,} of {total:,} images cannot be decoded and have no embedding")
     print(f"""\
-{done.shards} shards are embedded by {encoder.name} version {encoder.version}
+{done.shards} shards are embedded by {pulled.name} version {pulled.version}
   files  {out_url}/*.parquet
   read   pyarrow.parquet.read_table({out_url!r}): sample_id, embedding, model_name, model_version""")
 

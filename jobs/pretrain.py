@@ -17,7 +17,7 @@ from pipeline.errors import explained
 from pipeline.preflight import check_method, dry_run, prepare_data
 from pipeline.progress import ProgressDisplay
 from pipeline.provenance import git_sha
-from pipeline.registry.register import register_run
+from pipeline.registry.register import register_run, registered
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Registration, Run, RunReport
 from pipeline.storage import probe_writable
@@ -47,7 +47,7 @@ def main() -> None:
 
 def pretrain(config: Config, manifest: Manifest, run: Run) -> None:
     """Each stage leaves a mark in the run's folder; what is marked is not done twice."""
-    registration, report = run.registration(), run.report()
+    registration, report = registered(run), run.report()
     if registration is not None and report is not None:
         print(f"{run.id} is complete already; change the config, or its name, to train another encoder.\n")
         print_summary(config, manifest, run, report, registration)

@@ -2,8 +2,8 @@
 
     python -m jobs.pull models:/<name>@<alias> --out <folder> --tracking-uri <uri>
 
-The entry is checked: no file damaged, nothing in model.pt2 but tensors and tensor arithmetic, and the golden embedding
-comes out.
+The entry is checked: every file is the one that was registered, nothing is in model.pt2 but tensors and tensor
+arithmetic, and the golden embedding comes out.
 """
 
 import argparse

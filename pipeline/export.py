@@ -92,7 +92,7 @@ def export_encoder(
         np.savez(folder / "golden.npz", images=images.numpy(), embeddings=embeddings.numpy())
         check_golden(load_archive(folder / "model.pt2"), folder)
         check_golden(load_with_timm(folder), folder)
-        files = {name: _sha256(folder / name) for name in LOADED}
+        files = {name: sha256(folder / name) for name in LOADED}
         manifest = BundleManifest(card=card, files=files)
         (folder / "card.json").write_text(manifest.model_dump_json(indent=1))
         (folder / "README.md").write_text(
@@ -121,6 +121,7 @@ def export_encoder(
 
 
 LOADED = ("model.pt2", "model.safetensors", "config.json", "golden.npz")
+BUNDLE_FILES = (*LOADED, "card.json", "README.md")
 
 
 class BundleManifest(BaseModel):
@@ -141,11 +142,8 @@ class BundleManifest(BaseModel):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def check_bundle(folder: Path, *, model: Path | None = None) -> BundleManifest:
-    """Read ``card.json`` and compare every file with it; ExportError names the one that is missing or damaged.
-
-    ``model``: where model.pt2 is, if it does not lie in ``folder`` (a registry entry keeps it apart).
-    """
+def check_bundle(folder: Path) -> BundleManifest:
+    """Read ``card.json`` and compare every file with it; ExportError names the one that is missing or damaged."""
     try:
         manifest = BundleManifest.model_validate_json((folder / "card.json").read_text())
     except FileNotFoundError as error:
@@ -157,13 +155,11 @@ def check_bundle(folder: Path, *, model: Path | None = None) -> BundleManifest:
             f"{folder / 'card.json'} is damaged: it lists the files {', '.join(manifest.files) or 'none'}, not "
             f"{', '.join(LOADED)}; export the encoder again"
         )
-    paths = {name: folder / name for name in (*LOADED, "README.md")}
-    if model is not None:
-        paths["model.pt2"] = model
-    for name, path in paths.items():
+    for name in BUNDLE_FILES:
+        path = folder / name
         if not path.is_file():
             raise ExportError(f"{path} is missing; export the encoder again")
-        if name in LOADED and (found := _sha256(path)) != manifest.files[name]:
+        if name in LOADED and (found := sha256(path)) != manifest.files[name]:
             raise ExportError(f"{path} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
     return manifest
 
@@ -237,6 +233,7 @@ def _timm_config(backbone: Backbone, net: nn.Module, preprocessing: Preprocessin
     }
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

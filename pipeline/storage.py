@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -100,6 +100,26 @@ def write_bytes(url: str, data: bytes) -> None:
             return
         with _replacing(_local(url)) as part, part.open("wb") as file:
             file.write(data)
+
+
+def create(url: str, data: bytes) -> None:
+    """Write ``data``, atomically, unless something lies there: of several at once one writes.
+
+    S3, GCS and local folders decide it; elsewhere two may both write, so the caller reads back what is there.
+    """
+    with _explained("write", url):
+        if exists(url):
+            return
+        try:
+            if is_remote(url):
+                fs, path = _remote(url)
+                fs.pipe_file(path, data, mode="create", timeout=_patience_s(len(data)))
+            else:
+                with _replacing(_local(url), _link) as part:
+                    part.write_bytes(data)
+        except OSError:  # FileExistsError, or EINVAL with S3 servers that do not say which condition failed
+            if not exists(url):
+                raise
 
 
 def upload(local_path: str | Path, url: str) -> None:
@@ -239,8 +259,8 @@ def _local(url: str) -> Path:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``target`` that becomes ``target`` once it is on the disk."""
+def _replacing(target: Path, move: Callable[[Path, Path], object] = Path.replace) -> Iterator[Path]:
+    """A temporary neighbour of ``target`` that becomes ``target`` by ``move`` once it is on the disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent)
     os.close(handle)
@@ -250,9 +270,20 @@ def _replacing(target: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.chmod(0o644)  # mkstemp's 0600 would hide a shared folder's files from the other users
-        part.replace(target)
+        move(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _link(part: Path, target: Path) -> None:
+    """FileExistsError if ``target`` is there."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here (gcsfuse, exFAT): a reader may see half of it
+        with target.open("xb") as file:
+            file.write(part.read_bytes())
 
 
 def _remote(url: str) -> tuple[Any, str]:

@@ -9,54 +9,27 @@ Plain actors and not Ray Data: its threads outlive an iteration that ends early,
 after ``ray.shutdown`` ends the process with exit code 1 and without the error.
 """
 
-import io
-import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import RayActorError
 
-from pipeline import storage
 from pipeline.archive import load_archive
 from pipeline.data.assemble import MAX_BAD_SHARE
 from pipeline.data.loader import read_images
 from pipeline.data.manifest import Manifest, build_manifest
+from pipeline.embeddings import EmbedError, Origin, write
 from pipeline.errors import UserError
 from pipeline.export import check_golden, read_preprocessing
 
-HEADER = "_embeddings.json"  # Parquet readers skip names with an underscore
 _TRIES = 4  # of a shard whose actor dies; actors start again as often as nodes are lost
-
-
-class EmbedError(UserError):
-    """The embeddings cannot be written as asked; the message says what would work."""
-
-
-class Encoder(NamedTuple):
-    """A registry entry, ready to travel."""
-
-    name: str
-    version: int
-    files: dict[str, bytes]  # model.pt2, config.json, golden.npz
-
-    @classmethod
-    def read(cls, name: str, version: int, entry: Path) -> "Encoder":
-        """Take what embedding needs from a pulled entry's folder."""
-        paths = [
-            entry / "data" / "model.pt2",
-            *(entry / "extra_files" / file for file in ("config.json", "golden.npz")),
-        ]
-        return cls(name, version, {path.name: path.read_bytes() for path in paths})
 
 
 class Embedded(NamedTuple):
@@ -65,65 +38,69 @@ class Embedded(NamedTuple):
     shards: int  # complete ones, those of earlier runs included
     of_shards: int
     images: int  # embedded by this run
-    undecodable: int  # left out by this run
+    undecodable: int  # left out, by earlier runs included
     seconds: float
 
 
+def read_encoder(entry: Path) -> dict[str, bytes]:
+    """The files of a pulled entry that embedding needs: model.pt2, config.json, golden.npz."""
+    paths = [entry / "data" / "model.pt2", *(entry / "extra_files" / name for name in ("config.json", "golden.npz"))]
+    return {path.name: path.read_bytes() for path in paths}
+
+
 def embed_shards(
-    encoder: Encoder,
+    encoder: dict[str, bytes],
     manifest: Manifest,
+    origin: Origin,
     out_url: str,
     *,
     splits: tuple[str, ...],
+    done: Mapping[int, int],
     batch_size: int,
     max_actors: int,
     cpus_per_actor: float,
     gpus_per_actor: float,
     on_progress: Callable[[Embedded], None],
 ) -> Embedded:
-    """Write ``<out_url>/<shard>.parquet`` for every shard of ``splits``, on the connected Ray.
+    """Write the file of every shard of ``splits`` into ``out_url``, which is claimed, on the connected Ray.
 
-    Columns: sample_id int64 (the manifest's), embedding float32 (fixed-size list), model_name, model_version int32.
-    Images that cannot be decoded have no row. Raises EmbedError if they are more than MAX_BAD_SHARE of the splits, if
-    ``out_url`` holds the embeddings of another encoder or of other data, or if a shard is damaged, cannot be read or
-    ends its actor time and again; what was written until then stays and is not done again, but for shards of which
-    images are missing where those are too many.
+    ``encoder``: as of ``read_encoder``. ``done``: the shards that have a file, each with its images that could not be
+    decoded; such images have no row. Raises EmbedError if they are more than MAX_BAD_SHARE of the splits, or if a shard
+    is damaged, cannot be read or ends its actor time and again; what was written until then stays, and counts.
     """
     started = time.monotonic()
     shards = [i for i, split in enumerate(manifest.shards.split) if split in splits]
-    _claim(out_url, encoder, manifest)
-    present = storage.list_sizes(out_url)
-    missing = [i for i in shards if _file_name(manifest, i) not in present]
-    done = Embedded(len(shards) - len(missing), len(shards), 0, 0, 0.0)
-    on_progress(done)
-    if not missing:
-        return done
     total = int(manifest.shards.count[shards].sum())
+    missing = [i for i in shards if i not in done]
+    before = {i: done[i] for i in shards if i in done}
+    state = Embedded(len(before), len(shards), 0, sum(before.values()), 0.0)
+    on_progress(state)
+    _check_share(manifest, state.undecodable, total, max(before, key=before.__getitem__, default=0))
+    if not missing:
+        return state
 
     actor = ray.remote(_ShardEmbedder).options(
         num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=_TRIES - 1
     )
-    actors = [actor.remote(out_url, batch_size) for _ in range(min(max_actors, len(missing)))]
-    with_gaps: list[str] = []
+    actors = [actor.remote(origin, out_url, batch_size) for _ in range(min(max_actors, len(missing)))]
     for shard, images, error in _in_any_order(actors, [ray.put(encoder), ray.put(manifest)], missing):
         if error:
             raise EmbedError(f"{manifest.shard_url(shard)}: {error}")
-        gap = int(manifest.shards.count[shard]) - images
-        undecodable = done.undecodable + gap
-        if gap:
-            with_gaps.append(storage.join(out_url, _file_name(manifest, shard)))
+        undecodable = state.undecodable + int(manifest.shards.count[shard]) - images
         seconds = time.monotonic() - started
-        done = Embedded(done.shards + 1, done.of_shards, done.images + images, undecodable, seconds)
-        on_progress(done)
-        if undecodable > MAX_BAD_SHARE * total:
-            for url in with_gaps:  # the next attempt has to count them again
-                storage.delete(url)
-            raise EmbedError(
-                f"{undecodable} of {total} images cannot be decoded, the last ones in "
-                f"{manifest.shard_url(shard)}; at most {MAX_BAD_SHARE:.0%} may be left out: "
-                "mend or rewrite the shards; the actors' logs name each image"
-            )
-    return done
+        state = Embedded(state.shards + 1, state.of_shards, state.images + images, undecodable, seconds)
+        on_progress(state)
+        _check_share(manifest, undecodable, total, shard)
+    return state
+
+
+def _check_share(manifest: Manifest, undecodable: int, total: int, shard: int) -> None:
+    """``undecodable`` and ``total``: images of all shards and attempts; ``shard``: one of those that lack images."""
+    if undecodable > MAX_BAD_SHARE * total:
+        raise EmbedError(
+            f"{undecodable} of {total} images cannot be decoded, some of them in {manifest.shard_url(shard)}; at most "
+            f"{MAX_BAD_SHARE:.0%} may be left out: mend or rewrite the shards; the actors' logs name each image"
+        )
 
 
 def _in_any_order(actors: Sequence[Any], shared: list[Any], shards: Sequence[int]) -> Iterator[tuple[int, int, str]]:
@@ -152,8 +129,8 @@ class _ShardEmbedder:
     Not in the constructor: Ray warns of one that gets references, where the actor may start again (ray#53727).
     """
 
-    def __init__(self, out_url: str, batch_size: int) -> None:
-        self._out_url, self._batch_size = out_url, batch_size
+    def __init__(self, origin: Origin, out_url: str, batch_size: int) -> None:
+        self._origin, self._out_url, self._batch_size = origin, out_url, batch_size
         self._loaded = False
 
     def embed(self, shared: list[Any], shard: int) -> tuple[int, str]:
@@ -168,13 +145,13 @@ class _ShardEmbedder:
         except UserError as mistake:
             return 0, str(mistake)
 
-    def _load(self, encoder: Encoder, manifest: Manifest) -> None:
-        self._encoder, self._manifest = encoder, manifest
+    def _load(self, encoder: dict[str, bytes], manifest: Manifest) -> None:
+        self._manifest = manifest
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         with TemporaryDirectory(prefix="parallax-embed-") as folder:
-            for name, data in encoder.files.items():
+            for name, data in encoder.items():
                 (Path(folder) / name).write_bytes(data)
-            self._model = load_archive(encoder.files["model.pt2"], self._device)
+            self._model = load_archive(encoder["model.pt2"], self._device)
             check_golden(self._model, Path(folder), self._device)
             self._preprocessing = read_preprocessing(Path(folder))
             with np.load(Path(folder) / "golden.npz", allow_pickle=False) as golden:
@@ -190,11 +167,9 @@ class _ShardEmbedder:
             with torch.inference_mode():
                 embeddings.append(self._model(self._preprocessing(pixels)).float().cpu().numpy())
             ids.append(np.asarray(batch_ids) + first_id)
-        table = _table(np.concatenate(ids), np.concatenate(embeddings), self._encoder)
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        storage.write_bytes(storage.join(self._out_url, _file_name(self._manifest, shard)), buffer.getvalue())
-        return len(table)
+        all_ids = np.concatenate(ids)
+        write(self._out_url, self._origin, self._manifest, shard, all_ids, np.concatenate(embeddings))
+        return len(all_ids)
 
 
 def _one_shard(manifest: Manifest, shard: int) -> tuple[int, Manifest]:
@@ -204,35 +179,3 @@ def _one_shard(manifest: Manifest, shard: int) -> tuple[int, Manifest]:
     shards = {column: [getattr(manifest.shards, column)[shard]] for column in ("name", "split", "size", "count")}
     samples = {column: getattr(manifest.samples, column)[rows] for column in ("offset", "length", "crc32", "label")}
     return first_id, build_manifest(manifest.url, manifest.class_names, shards, samples)
-
-
-def _table(ids: NDArray[np.int64], embeddings: NDArray[np.float32], encoder: Encoder) -> pa.Table:
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel(), pa.float32()), embeddings.shape[1])
-    return pa.table(
-        {
-            "sample_id": pa.array(ids, pa.int64()),
-            "embedding": vectors,
-            "model_name": pa.array([encoder.name] * len(ids)).dictionary_encode(),
-            "model_version": pa.array(np.full(len(ids), encoder.version), pa.int32()),
-        }
-    )
-
-
-def _file_name(manifest: Manifest, shard: int) -> str:
-    return manifest.shards.name[shard].removesuffix(".tar") + ".parquet"
-
-
-def _claim(out_url: str, encoder: Encoder, manifest: Manifest) -> None:
-    """Say in the folder what its embeddings are of; EmbedError if they are of something else."""
-    mine = {"model_name": encoder.name, "model_version": encoder.version, "data_digest": manifest.digest}
-    url = storage.join(out_url, HEADER)
-    if not storage.exists(url):
-        storage.write_bytes(url, json.dumps({**mine, "data_url": manifest.url}, indent=1).encode())
-        return
-    found = json.loads(storage.read_bytes(url))
-    for key, value in mine.items():
-        if found.get(key) != value:
-            raise EmbedError(
-                f"--out {out_url} holds embeddings with {key} {found.get(key)}, these would have {value}; "
-                f"name another folder, e.g. {out_url}-{encoder.name}-v{encoder.version}, or delete that one"
-            )

@@ -9,12 +9,12 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
-import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.export import ExportError, check_bundle
+from pipeline.registry.entry import FILES_TAG, fetch
 from pipeline.registry.tracking import RegistryError, connect, server_errors
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))")
@@ -26,6 +26,8 @@ class Resolved(NamedTuple):
     name: str
     version: int
     source: str  # models:/m-..., the LoggedModel that the version points at
+    digest: str  # of all its files, as they were registered
+    registry_uri: str  # without user and password
 
 
 class Pulled(NamedTuple):
@@ -33,11 +35,16 @@ class Pulled(NamedTuple):
 
     name: str
     version: int
+    digest: str  # of all its files
+    registry_uri: str  # without user and password
     folder: Path  # MLmodel, data/model.pt2, extra_files/
 
 
 def resolve(model_uri: str, tracking_uri: str) -> Resolved:
-    """``models:/name@alias`` or ``models:/name/version`` -> the version. RegistryError names what exists."""
+    """``models:/name@alias`` or ``models:/name/version`` -> the version.
+
+    RegistryError names what exists where there is none, and one of which nothing says which files were registered.
+    """
     match = _MODEL_URI.fullmatch(model_uri)
     if match is None:
         raise RegistryError(
@@ -55,13 +62,20 @@ def resolve(model_uri: str, tracking_uri: str) -> Resolved:
             raise RegistryError(
                 f"{model_uri} is not in the registry at {tracking_uri}; {_what_exists(client, name)}"
             ) from error
-    return Resolved(name, int(found.version), found.source)
+    if FILES_TAG not in found.tags:
+        raise RegistryError(
+            f"{name} version {found.version} in {tracking_uri} has no tag {FILES_TAG}, so nothing says which files it "
+            "was registered with: other code than this registered it, or the tag was deleted; name another version, or "
+            "submit the run that trained it again, which registers a new one"
+        )
+    registry_uri = _without_user(client.tracking_uri)
+    return Resolved(name, int(found.version), found.source, found.tags[FILES_TAG], registry_uri)
 
 
 def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
     """Fetch a whole entry into ``out_dir``, which must not exist yet; it appears there only when it is complete.
 
-    Raises RegistryError if there is no such model or the server does not answer, ExportError if a file is damaged.
+    Raises RegistryError if there is no such model, the server does not answer, or a file is not what was registered.
     """
     out_dir = out_dir.absolute()
     if out_dir.exists():
@@ -76,19 +90,16 @@ def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
             f"{Path.cwd() / 'encoder'}"
         ) from error
     try:
-        with server_errors(tracking_uri):
-            mlflow.artifacts.download_artifacts(artifact_uri=resolved.source, dst_path=str(folder))
         try:
-            check_bundle(folder / "extra_files", model=folder / "data" / "model.pt2")
-        except ExportError as error:
-            in_entry = str(error).replace(f"{folder}/", "")
-            raise ExportError(f"{resolved.name} version {resolved.version} in {tracking_uri}: {in_entry}") from error
+            fetch(resolved.source, resolved.digest, folder)
+        except RegistryError as error:
+            raise RegistryError(f"{resolved.name} version {resolved.version} in {tracking_uri}: {error}") from error
         folder.chmod(0o755)
         os.rename(folder, out_dir)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Pulled(resolved.name, resolved.version, out_dir)
+    return Pulled(resolved.name, resolved.version, resolved.digest, resolved.registry_uri, out_dir)
 
 
 def _what_exists(client: MlflowClient, name: str) -> str:
@@ -99,6 +110,12 @@ def _what_exists(client: MlflowClient, name: str) -> str:
     aliases = ", ".join(f"@{alias} (version {version})" for alias, version in models[name].aliases.items())
     numbers = ", ".join(sorted((str(version.version) for version in versions), key=int))
     return f"aliases of {name}: {aliases or 'none'}; versions: {numbers or 'none'}"
+
+
+def _without_user(uri: str) -> str:
+    """Users and passwords stay out of what is written down; a registry is the same one for every user."""
+    netloc = urlsplit(uri).netloc
+    return uri.replace(netloc, netloc.rpartition("@")[2], 1)
 
 
 def _free(taken: Path) -> Path:

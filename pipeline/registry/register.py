@@ -1,13 +1,15 @@
 """An exported encoder becomes one version in the MLflow registry, however often and from wherever it is tried.
 
 One LoggedModel holds everything: ``data/model.pt2`` behind MLflow's pytorch and pyfunc flavours, and
-``extra_files/{config.json, model.safetensors, golden.npz, card.json, README.md}``. Four stages follow each other
-(create, upload, version, alias); each first looks for what an earlier attempt left behind, so a process
-that was killed between two of them is continued by the next call.
+``extra_files/{config.json, model.safetensors, golden.npz, card.json, README.md}``; entry.py ties them to the registry.
+Four stages follow each other (create, upload, version, alias); each first looks for what an earlier attempt left
+behind, so a process that was killed between two of them is continued by the next call.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -24,11 +26,13 @@ from mlflow.utils.environment import _PythonEnv
 
 from pipeline.export import BundleManifest, check_bundle, read_preprocessing
 from pipeline.provenance import git_sha
-from pipeline.registry.tracking import connect, server_errors
+from pipeline.registry.entry import ARCHIVE, EXTRA_FILES, FILES_TAG, fetch, seal
+from pipeline.registry.tracking import RegistryError, connect, server_errors
 from pipeline.runs import Registration, Run
 
-DIGEST_TAG = "parallax.export_digest"
-_LOADED_BY_MLFLOW = "model.pt2"
+DIGEST_TAG = "parallax.export_digest"  # which encoder it is; entry.FILES_TAG says which files it came as
+
+_logger = logging.getLogger(__name__)
 
 
 class Registered(NamedTuple):
@@ -56,8 +60,9 @@ def register_encoder(
         if version is None:
             model = _find_or_create_model(client, mlflow_run_id, manifest, tags)
             if model.status != LoggedModelStatus.READY:
-                _upload(client, model, bundle)
+                model = _upload(client, model, bundle)
             _link_to_run(client, model, mlflow_run_id, manifest)
+            tags[FILES_TAG] = model.tags[FILES_TAG]
             version = _create_version(client, model_name, model, mlflow_run_id, tags)
         _point_alias(client, model_name, alias, version)
     return Registered(model_name, int(version.version), alias, version.source)
@@ -93,10 +98,27 @@ def register_run(run: Run, mlflow_run_id: str, tags: Mapping[str, str]) -> Regis
     return registration
 
 
+def registered(run: Run) -> Registration | None:
+    """The run's mark, if the registry still has this version: it may be deleted, and its number be given anew."""
+    entry = run.registration()
+    if entry is None:
+        return None
+    client = connect(run.config.tracking_uri)
+    with server_errors(run.config.tracking_uri):
+        try:
+            version = client.get_model_version(entry.name, entry.version)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+    return entry if version.source == entry.model_uri and FILES_TAG in version.tags else None
+
+
 def _find_version(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
-    """The first version of this encoder, which is the one that counts."""
+    """The first version of this encoder that can be pulled, which is the one that counts."""
     found = client.search_model_versions(f"name = '{name}' and tag.`{DIGEST_TAG}` = '{digest}'")
-    return min(found, key=lambda version: int(version.version), default=None)
+    sealed = [version for version in found if FILES_TAG in version.tags]
+    return min(sealed, key=lambda version: int(version.version), default=None)
 
 
 def _find_or_create_model(
@@ -107,7 +129,8 @@ def _find_or_create_model(
     def oldest() -> LoggedModel | None:
         # A filter on the status finds nothing in mlflow 3.17; an unfinished model is finished, not replaced.
         found = client.search_logged_models([experiment_id], f"tags.`{DIGEST_TAG}` = '{manifest.digest}'")
-        return min(found, key=lambda model: (model.creation_timestamp, model.model_id), default=None)
+        by_age = sorted(found, key=lambda model: (model.creation_timestamp, model.model_id))
+        return next((model for model in by_age if _is_usable(model)), None)
 
     if (model := oldest()) is not None:
         return model
@@ -123,20 +146,37 @@ def _find_or_create_model(
     return oldest() or created
 
 
-def _upload(client: MlflowClient, model: LoggedModel, bundle: Path) -> None:
+def _is_usable(model: LoggedModel) -> bool:
+    """Whether it is unfinished, or holds what was uploaded: a new version of changed files could never be pulled."""
+    if model.status != LoggedModelStatus.READY:
+        return True
+    try:
+        with TemporaryDirectory(prefix="parallax-register-") as folder:
+            fetch(model.model_uri, model.tags.get(FILES_TAG, ""), Path(folder))
+    except RegistryError as error:
+        _logger.warning("%s is passed over, the encoder is uploaded again: %s", model.model_uri, error)
+        return False
+    return True
+
+
+def _upload(client: MlflowClient, model: LoggedModel, bundle: Path) -> LoggedModel:
     with TemporaryDirectory(prefix="parallax-register-") as folder:
         _lay_out(bundle, Path(folder), model)
+        digest = seal(Path(folder))
         client.log_model_artifacts(model.model_id, folder)
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    client.set_logged_model_tags(model.model_id, {FILES_TAG: digest})
+    return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
 def _lay_out(bundle: Path, folder: Path, model: LoggedModel) -> None:
-    """The folder that MLflow's pytorch flavour would have saved, around the model.pt2 that was verified."""
+    """The folder that MLflow's pytorch flavour would have saved, around the model.pt2 that was verified.
+
+    The same bytes from the same bundle each time: several processes may upload one model at once.
+    """
     (folder / "data").mkdir()
     (folder / "extra_files").mkdir()
-    shutil.copy(bundle / _LOADED_BY_MLFLOW, folder / "data")
-    extra = sorted(file.name for file in bundle.iterdir() if file.name != _LOADED_BY_MLFLOW)
-    for name in extra:
+    shutil.copy(bundle / ARCHIVE, folder / "data")
+    for name in EXTRA_FILES:
         shutil.copy(bundle / name, folder / "extra_files")
 
     with np.load(bundle / "golden.npz", allow_pickle=False) as golden:
@@ -148,7 +188,9 @@ def _lay_out(bundle: Path, folder: Path, model: LoggedModel) -> None:
 
     description = Model(
         model_id=model.model_id,
+        model_uuid=model.model_id.removeprefix("m-"),
         run_id=model.source_run_id,
+        utc_time_created=datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).replace(tzinfo=None),
         signature=ModelSignature(  # unnamed tensors: MLflow then feeds numpy arrays straight into model.pt2
             inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 3, size, size))]),
             outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, feature_dim))]),
@@ -159,7 +201,7 @@ def _lay_out(bundle: Path, folder: Path, model: LoggedModel) -> None:
         model_data="data",
         pytorch_version=str(torch.__version__),
         code=None,
-        extra_files=[{"path": f"extra_files/{name}"} for name in extra],
+        extra_files=[{"path": f"extra_files/{name}"} for name in EXTRA_FILES],
     )
     pyfunc.add_to_model(
         description,

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 
 from pipeline.export import ExportError, check_bundle
+from pipeline.registry.entry import FILES_TAG
 from pipeline.registry.register import DIGEST_TAG, Registered, register_encoder
 from pipeline.registry.tracking import Tracker
 from tests.encoders import export_tiny, of_another_run
@@ -52,6 +53,7 @@ def test_one_entry_holds_everything(mlflow_server: MLflowServer, tracker: Tracke
     model = client.get_logged_model(entry.model_uri.removeprefix("models:/"))
     assert model.status == "READY"
     assert model.tags.items() >= tags.items()
+    assert version.tags[FILES_TAG] == model.tags[FILES_TAG]
     assert model.params == {"method.temperature": "0.2", "optim.name": "lars"}
     assert {metric.key: metric.value for metric in model.metrics} == {
         "model/knn/encoder": 0.9,
