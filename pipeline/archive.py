@@ -40,9 +40,9 @@ _INT64 = range(-(2**63), 2**63)
 _TEXT_RECORDS = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id", "version"}
 _GRAPH_RECORD = "models/model.json"
 _SAMPLE_INPUTS_RECORD = "data/sample_inputs/model.pt"
-_CONFIG_RECORDS = {
-    "data/weights/model_weights_config.json": "data/weights/weight",
-    "data/constants/model_constants_config.json": "data/constants/tensor",
+_CONFIG_RECORDS = {  # -> where the tensors lie that they list
+    "data/weights/model_weights_config.json": "data/weights/",
+    "data/constants/model_constants_config.json": "data/constants/",
 }
 _TENSOR_RECORD = re.compile(r"data/(weights/weight|constants/tensor)_\d+")
 
@@ -59,7 +59,7 @@ _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 
 
 class ArchiveError(UserError):
-    """A ``model.pt2`` is damaged, or holds something that could run code; the message names the part."""
+    """A ``model.pt2`` is damaged, could run code, or would take too much; the message names the part."""
 
 
 def load_archive(source: Path | bytes, device: torch.device | None = None) -> nn.Module:
@@ -80,7 +80,7 @@ def load_archive(source: Path | bytes, device: torch.device | None = None) -> nn
 
 
 class _Rehearsed(nn.Module):
-    """Rehearses a batch that is larger than all before. What smaller ones cost is less in any encoder."""
+    """Rehearses a batch that is larger than all before it: a smaller one costs an encoder less."""
 
     def __init__(self, program: fx.GraphModule) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Rehearsed(nn.Module):
                 rehearse(self._program, images)
             except Exception as error:  # as above
                 raise ArchiveError(
-                    f"the encoder in model.pt2 is no use for {count} images {tuple(shape)}: {first_line(error)}"
+                    f"the encoder in model.pt2 cannot take {count} images {tuple(shape)}: {first_line(error)}"
                 ) from error
             self._rehearsed[shape] = count
         embeddings: Tensor = self._program(images)
@@ -170,13 +170,13 @@ def _read_json(record: str, content: bytes) -> Any:
     return json.loads(content)
 
 
-def _checked_tensors(prefix: str, payload: Any, sizes: Mapping[str, int]) -> Any:
-    """The list of tensors, each within a record of its own kind."""
+def _checked_tensors(folder: str, payload: Any, sizes: Mapping[str, int]) -> Any:
+    """The list of tensors, each within its record."""
     for key, entry in _entries(payload):
         _check_plain(key, entry)
     for key, entry in payload["config"].items():
-        record = f"{prefix}_{str(entry['path_name']).rpartition('_')[2]}"
-        if entry["use_pickle"] is not False or entry["path_name"] != record.rpartition("/")[2]:
+        record = f"{folder}{entry['path_name']}"
+        if entry["use_pickle"] is not False or not _TENSOR_RECORD.fullmatch(record):
             raise ArchiveError(f"model.pt2 stores {key[:80]!r} as a pickled object; only raw tensors are loaded")
         numbers = prod(size["as_int"] for size in entry["tensor_meta"]["sizes"])
         if not 0 <= numbers <= sizes[record]:
