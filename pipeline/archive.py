@@ -8,8 +8,8 @@ to be harmless, so what a later torch adds stays out until somebody has looked a
 
 What a file may cost is bounded too. Records are stored as they are, so none is larger than the file; JSON is limited in
 length, depth and numbers; sizes are linear in the input's sizes, for ``9**9**9**9`` is arithmetic as well; tensors lie
-within their records; and the operators are rehearsed, see ``rehearsal.py``. The limits are ten times what the largest
-encoders of timm have.
+within their records; and the operators are rehearsed, see ``rehearsal.py``. The limits are ten times what
+twelve encoders of timm have at most.
 """
 
 import ast

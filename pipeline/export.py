@@ -28,7 +28,7 @@ import safetensors.torch
 import timm
 import torch
 from numpy.lib import format as npy
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from pipeline.archive import check_stored, first_line, load_archive
@@ -240,11 +240,19 @@ def check_golden(encode: Callable[[Tensor], Tensor], folder: Path, device: torch
 
 def _read_json(path: Path, kind: type[_Json]) -> _Json:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes, more than {_MAX_JSON_BYTES}")
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ExportError(f"{path} is damaged: it has {size} bytes, more than {_MAX_JSON_BYTES}")
         return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
-        raise ExportError(f"{path} is damaged: {first_line(error)}; export the encoder again") from error
+    except OSError as error:
+        raise ExportError(f"{path} is damaged: {error.strerror}; export the encoder again") from error
+    except ValidationError as error:
+        raise ExportError(f"{path} is damaged: {first_problem(error)}; export the encoder again") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first thing wrong with a JSON is, and what."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
 
 
 def _check_safetensors(path: Path) -> None:

@@ -26,7 +26,7 @@ from pipeline.data.assemble import BadSample
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.report import EvaluationReport
-from pipeline.export import check_bundle
+from pipeline.export import check_bundle, first_problem
 
 
 class RunReport(BaseModel):
@@ -129,10 +129,9 @@ class Run:
         try:
             mark = kind.model_validate_json(storage.read_bytes(url))
         except ValidationError as error:
-            problem = error.errors()[0]
             raise UserError(
-                f"{url} is damaged: {'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}; delete it and "
-                "submit the run again, which then repeats the stage that it marks as complete"
+                f"{url} is damaged: {first_problem(error)}; delete it and submit the run again, which then repeats the "
+                "stage that it marks as complete"
             ) from error
         self._require_own(url, mark.run_id or self.id)
         return mark
