@@ -13,22 +13,25 @@ weights without a word, and a wrong mean or channel order looks just as healthy.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict
+from numpy.lib import format as npy
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor, nn
 
-from pipeline.archive import load_archive
+from pipeline.archive import check_stored, first_line, load_archive
 from pipeline.data.loader import shorter_side
 from pipeline.errors import UserError
 from pipeline.model_card import ModelCard, render
@@ -37,6 +40,11 @@ from pipeline.models.backbone import Backbone, create_timm_model, replace_stem
 # Largest relative L2 error of an embedding. Float32 on another CPU is off by 1e-6 to 1e-5, TF32 on a GPU by
 # up to 2e-3; wrong weights by about 1, a wrong mean or std by more than 5e-2.
 GOLDEN_TOLERANCE = 5e-3
+_MAX_JSON_BYTES = 4 << 20  # card.json has 10 kB
+
+
+_Json = TypeVar("_Json", bound=BaseModel)
+_Std = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ExportError(UserError):
@@ -144,12 +152,9 @@ class BundleManifest(BaseModel):
 
 def check_bundle(folder: Path) -> BundleManifest:
     """Read ``card.json`` and compare every file with it; ExportError names the one that is missing or damaged."""
-    try:
-        manifest = BundleManifest.model_validate_json((folder / "card.json").read_text())
-    except FileNotFoundError as error:
-        raise ExportError(f"{folder} has no card.json, so it is not an exported encoder") from error
-    except (OSError, ValueError) as error:  # pydantic's errors and those of UTF-8 are ValueErrors
-        raise ExportError(f"{folder / 'card.json'} is damaged; export the encoder again") from error
+    if not (folder / "card.json").exists():
+        raise ExportError(f"{folder} has no card.json, so it is not an exported encoder")
+    manifest = _read_json(folder / "card.json", BundleManifest)
     if manifest.files.keys() != {*LOADED}:
         raise ExportError(
             f"{folder / 'card.json'} is damaged: it lists the files {', '.join(manifest.files) or 'none'}, not "
@@ -161,18 +166,36 @@ def check_bundle(folder: Path) -> BundleManifest:
             raise ExportError(f"{path} is missing; export the encoder again")
         if name in LOADED and (found := sha256(path)) != manifest.files[name]:
             raise ExportError(f"{path} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
+    _read_json(folder / "config.json", _TimmConfig)
+    _check_safetensors(folder / "model.safetensors")
+    _read_golden(folder / "golden.npz")
     return manifest
 
 
+class _Pretrained(BaseModel):
+    """The part of timm's ``pretrained_cfg`` that says what the input is."""
+
+    input_size: tuple[Literal[3], PositiveInt, PositiveInt]
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    std: tuple[_Std, _Std, _Std]
+
+
+class _TimmConfig(BaseModel):
+    """What is read of ``config.json``."""
+
+    stem: Literal["imagenet", "cifar"]
+    pretrained_cfg: _Pretrained
+
+
 def read_preprocessing(folder: Path) -> Preprocessing:
-    """What ``config.json`` says about the input."""
-    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-    return Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    """What ``config.json`` says about the input. ExportError if it is damaged."""
+    config = _read_json(folder / "config.json", _TimmConfig).pretrained_cfg
+    return Preprocessing(config.input_size[-1], config.mean, config.std)
 
 
 def load_with_timm(folder: Path) -> nn.Module:
     """The encoder from config.json and model.safetensors, by the lines that its card shows; in eval mode."""
-    if json.loads((folder / "config.json").read_text())["stem"] == "imagenet":
+    if _read_json(folder / "config.json", _TimmConfig).stem == "imagenet":
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
     else:
         model = timm.create_model(f"local-dir:{folder}")
@@ -183,20 +206,85 @@ def load_with_timm(folder: Path) -> nn.Module:
 
 def check_golden(encode: Callable[[Tensor], Tensor], folder: Path, device: torch.device | None = None) -> None:
     """Raise ExportError unless ``encode`` reproduces the embeddings in ``folder``/golden.npz."""
-    with np.load(folder / "golden.npz", allow_pickle=False) as golden:
-        images, expected = torch.from_numpy(golden["images"]), torch.from_numpy(golden["embeddings"])
-    with torch.inference_mode():
-        found = encode(read_preprocessing(folder)(images.to(device))).float().cpu()
+    images, expected = _read_golden(folder / "golden.npz")
+    preprocessing = read_preprocessing(folder)
+    if images.shape[2:] != (preprocessing.image_size,) * 2:
+        raise ExportError(
+            f"{folder / 'config.json'} says {preprocessing.image_size} px, and the golden images are "
+            f"{tuple(images.shape)}; the files do not belong together"
+        )
+    try:
+        with torch.inference_mode():
+            found = encode(preprocessing(images.to(device))).float().cpu()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the operators of a foreign graph stumble over
+        raise ExportError(
+            f"the encoder in {folder} cannot encode its golden images {tuple(images.shape)}: {first_line(error)}"
+        ) from error
     if found.shape != expected.shape:
         raise ExportError(
             f"the encoder in {folder} gives {tuple(found.shape)}, its golden embedding is {tuple(expected.shape)}"
         )
-    error = ((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)).max().item()
-    if not error <= GOLDEN_TOLERANCE:  # NaN fails too
+    distance = ((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)).max().item()
+    if not distance <= GOLDEN_TOLERANCE:  # NaN fails too
         raise ExportError(
-            f"the encoder in {folder} does not reproduce its golden embedding: relative error {error:.2g}, "
+            f"the encoder in {folder} does not reproduce its golden embedding: relative error {distance:.2g}, "
             f"at most {GOLDEN_TOLERANCE:g} is rounding; the files do not belong together, or were damaged"
         )
+
+
+def _read_json(path: Path, kind: type[_Json]) -> _Json:
+    try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ExportError(f"{path} is damaged: it has {size} bytes, more than {_MAX_JSON_BYTES}")
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path} is damaged: {error.strerror}; export the encoder again") from error
+    except ValidationError as error:
+        raise ExportError(f"{path} is damaged: {first_problem(error)}; export the encoder again") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first thing wrong with a JSON is, and what."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
+
+
+def _check_safetensors(path: Path) -> None:
+    """ExportError unless the header describes the bytes behind it: each tensor's once, without gaps."""
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ExportError(f"{path} is damaged: {first_line(error)}; export the encoder again") from error
+
+
+def _read_golden(path: Path) -> tuple[Tensor, Tensor]:
+    """uint8 (N, 3, S, S) images and their float32 (N, D) embeddings, N > 0. ExportError if there is anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_stored(archive, path.stat().st_size)
+            images = _read_npy(archive.read("images.npy"))
+            embeddings = _read_npy(archive.read("embeddings.npy"))
+    except Exception as error:  # what zipfile and NumPy stumble over has any type
+        raise ExportError(f"{path} is damaged: {first_line(error)}; export the encoder again") from error
+    is_whole = images.ndim == 4 and images.shape[1] == 3 and embeddings.ndim == 2 and 0 < len(images) == len(embeddings)
+    if not is_whole or (images.dtype, embeddings.dtype) != (np.uint8, np.float32):
+        raise ExportError(
+            f"{path} is damaged: it holds images {images.dtype} {images.shape} and embeddings {embeddings.dtype} "
+            f"{embeddings.shape}, not uint8 (N, 3, S, S) and float32 (N, D); export the encoder again"
+        )
+    return torch.from_numpy(images.copy()), torch.from_numpy(embeddings.copy())
+
+
+def _read_npy(content: bytes) -> np.ndarray[Any, Any]:
+    """The array over ``content``. ``np.load`` would allocate what the header says before it looks for it."""
+    file = io.BytesIO(content)
+    if npy.read_magic(file) != (1, 0):
+        raise ValueError("an array of another version than 1.0")
+    shape, is_fortran, dtype = npy.read_array_header_1_0(file)
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _write_archive(net: nn.Module, path: Path, size: int) -> None:

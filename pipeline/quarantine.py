@@ -5,29 +5,32 @@ gloo), so all ranks hold the same list and stop together. ``quarantine.json`` ke
 again only what comes after its checkpoint.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 
 from pipeline import distributed, storage
+from pipeline.checkpoint import CheckpointStore
 from pipeline.data.assemble import BadSample, BadSamplesError, list_of
 from pipeline.storage import StorageError
+
+_NAME = "quarantine.json"
 
 
 class Quarantine:
     """The samples that were replaced so far, in the order of their ids: equal on all ranks."""
 
-    def __init__(self, folder_url: str, *, num_samples: int, max_bad_share: float) -> None:
-        """Go on with the list in ``folder_url``. ``max_bad_share``: of ``num_samples``, over all ranks together.
+    def __init__(self, checkpoints: CheckpointStore, *, num_samples: int, max_bad_share: float) -> None:
+        """Go on with the list beside ``checkpoints``. ``max_bad_share``: of ``num_samples``, over all ranks together.
 
         A collective. BadSamplesError if the list is too long already.
         """
         self.samples: dict[int, BadSample] = {}
-        self._url = _url(folder_url)
+        self._checkpoints = checkpoints
+        self._url = _url(checkpoints)
         self._num_samples = num_samples
         self._max_bad_share = max_bad_share
-        self._add(read_quarantine(folder_url) if distributed.rank() == 0 else ())
+        self._add(read_quarantine(checkpoints) if distributed.rank() == 0 else ())
         self._stop_above_share()
 
     def gather(self, met: Mapping[int, BadSample]) -> None:
@@ -39,8 +42,7 @@ class Quarantine:
         if not new:
             return
         if distributed.rank() == 0:
-            rows = [asdict(sample) for sample in self.samples.values()]
-            storage.write_bytes(self._url, json.dumps(rows, indent=1).encode())
+            self._checkpoints.write_rows(_NAME, map(asdict, self.samples.values()))
             logging.getLogger(__name__).warning(
                 "%d training images could not be decoded so far and were replaced; all are listed in %s, new are:\n%s",
                 len(self.samples), self._url, list_of(new),
@@ -64,19 +66,16 @@ class Quarantine:
             )
 
 
-def read_quarantine(folder_url: str) -> tuple[BadSample, ...]:
-    """The list that a run has left in the folder of its checkpoints, in the order of ids; empty if there is none."""
-    url = _url(folder_url)
-    if not storage.exists(url):
-        return ()
+def read_quarantine(checkpoints: CheckpointStore) -> tuple[BadSample, ...]:
+    """The list that a run has left beside its checkpoints, in the order of ids; empty if there is none."""
     try:
-        return tuple(BadSample(**row) for row in json.loads(storage.read_bytes(url)))
+        return tuple(BadSample(**row) for row in checkpoints.read_rows(_NAME))
     except (ValueError, TypeError) as error:
         raise StorageError(
-            f"{url} is not the list of bad samples that was written: {error}; delete it, and the run lists those that "
-            "it meets from its checkpoint on"
+            f"{_url(checkpoints)} is not the list of bad samples that was written: {error}; delete it, and the run "
+            "lists those that it meets from its checkpoint on"
         ) from error
 
 
-def _url(folder_url: str) -> str:
-    return storage.join(folder_url, "quarantine.json")
+def _url(checkpoints: CheckpointStore) -> str:
+    return storage.join(checkpoints.url, _NAME)

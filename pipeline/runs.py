@@ -26,6 +26,7 @@ from pipeline.data.assemble import BadSample
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.report import EvaluationReport
+from pipeline.export import check_bundle, first_problem
 
 
 class RunReport(BaseModel):
@@ -36,6 +37,7 @@ class RunReport(BaseModel):
     config: EvaluateConfig  # of the evaluation
     report: EvaluationReport
     quarantine: tuple[BadSample, ...] = ()  # of all ranks, by id
+    run_id: str = ""  # "": written by a version that did not say
 
 
 class Registration(BaseModel):
@@ -49,6 +51,7 @@ class Registration(BaseModel):
     version: str
     alias: str
     model_uri: str
+    run_id: str = ""  # as in RunReport; ``Run.save_registration`` sets it
 
 
 _Mark = TypeVar("_Mark", RunReport, Registration)
@@ -64,12 +67,12 @@ class Run:
         self.url = storage.join(config.storage.url, "runs", self.id)
         self.encoder_url = storage.join(self.url, "encoder")
         self.report_url = storage.join(self.url, "report.json")
-        self.checkpoints = CheckpointStore(storage.join(self.url, "checkpoints"), config.train.keep_checkpoints)
+        self.checkpoints = self.checkpoints_of(self.id)
 
     def checkpoints_of(self, run_id: str) -> CheckpointStore:
-        """Those of another run that lies beside this one."""
+        """Those of this run, or of another one that lies beside it."""
         url = storage.join(self.config.storage.url, "runs", run_id, "checkpoints")
-        return CheckpointStore(url, self.config.train.keep_checkpoints)
+        return CheckpointStore(url, run_id, self.config.train.keep_checkpoints)
 
     def save_config(self) -> None:
         """Write the resolved config beside the results."""
@@ -82,7 +85,7 @@ class Run:
 
     def save_report(self, report: EvaluationReport, quarantine: tuple[BadSample, ...]) -> None:
         """Mark the evaluation as complete."""
-        saved = RunReport(config=self.config.evaluate.of_report(), report=report, quarantine=quarantine)
+        saved = RunReport(config=self.config.evaluate.of_report(), report=report, quarantine=quarantine, run_id=self.id)
         self._write("report.json", saved.model_dump_json(indent=1))
 
     @contextmanager
@@ -103,7 +106,7 @@ class Run:
 
     def save_registration(self, entry: Registration) -> None:
         """Mark the run as complete."""
-        self._write("registered.json", entry.model_dump_json(indent=1))
+        self._write("registered.json", entry.model_copy(update={"run_id": self.id}).model_dump_json(indent=1))
 
     def save_encoder(self, folder: Path) -> None:
         """Upload an exported encoder's files."""
@@ -112,10 +115,11 @@ class Run:
 
     @contextmanager
     def local_encoder(self) -> Iterator[Path]:
-        """The exported encoder's files in a local folder."""
+        """The exported encoder's files in a local folder. ExportError if one is damaged; UserError of another run's."""
         with TemporaryDirectory(prefix="parallax-encoder-") as folder:
             for name in storage.list_sizes(self.encoder_url):
                 storage.download(storage.join(self.encoder_url, name), str(Path(folder) / name))
+            self._require_own(self.encoder_url, check_bundle(Path(folder)).card.run_id)
             yield Path(folder)
 
     def _read(self, name: str, kind: type[_Mark]) -> _Mark | None:
@@ -123,13 +127,21 @@ class Run:
         if not storage.exists(url):
             return None
         try:
-            return kind.model_validate_json(storage.read_bytes(url))
+            mark = kind.model_validate_json(storage.read_bytes(url))
         except ValidationError as error:
-            problem = error.errors()[0]
             raise UserError(
-                f"{url} is damaged: {'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}; delete it and "
-                "submit the run again, which then repeats the stage that it marks as complete"
+                f"{url} is damaged: {first_problem(error)}; delete it and submit the run again, which then repeats the "
+                "stage that it marks as complete"
             ) from error
+        self._require_own(url, mark.run_id or self.id)
+        return mark
+
+    def _require_own(self, url: str, run_id: str) -> None:
+        if run_id != self.id:
+            raise UserError(
+                f"{url} is of the run {run_id}, not of {self.id}: it was copied here; delete it and {self.report_url}, "
+                "and submit the run again, which then repeats its stage"
+            )
 
     def _write(self, name: str, text: str) -> None:
         storage.write_bytes(storage.join(self.url, name), text.encode())

@@ -4,7 +4,6 @@ Taken while the run trains, without a trace in it: eval mode, no gradient, no ra
 pass is fixed and ranks take whole passes, so for given weights the score is the same, bit for bit, at any world size.
 """
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import distributed, storage
+from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Config
 from pipeline.data.assemble import BadSample, BadSamplesError, list_of
 from pipeline.data.loader import normalize, read_blocks
@@ -25,6 +25,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.progress import Progress
 
 METRIC = "selection/knn"
+_NAME = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Scored:
 class Selection:
     """Scores the encoder at the ends of epochs, where the config asks for it."""
 
-    def __init__(self, config: Config, manifest: Manifest, steps_per_epoch: int, folder_url: str) -> None:
-        """``folder_url``: where the scores are kept, for who missed the reports."""
+    def __init__(self, config: Config, manifest: Manifest, steps_per_epoch: int, checkpoints: CheckpointStore) -> None:
+        """``checkpoints``: beside which the scores are kept, for who missed the reports."""
         self._config = config
         self._manifest = manifest
         self._steps_per_epoch = steps_per_epoch
-        self._folder_url = folder_url
+        self._checkpoints = checkpoints
         self._bad: set[int] = set()
 
     def after(self, step: int, backbone: Backbone, device: torch.device) -> dict[str, Tensor]:
@@ -67,9 +68,8 @@ class Selection:
             return
         epochs, metrics = progress.step // self._steps_per_epoch, progress.metrics
         scored = Scored(progress.step, epochs, knn=metrics[METRIC], loss=metrics["loss"])
-        others = [row for row in read_scores(self._folder_url) if row.step < scored.step]
-        rows = [asdict(row) for row in [*others, scored]]
-        storage.write_bytes(_url(self._folder_url), json.dumps(rows, indent=1).encode())
+        others = [row for row in read_scores(self._checkpoints) if row.step < scored.step]
+        self._checkpoints.write_rows(_NAME, map(asdict, [*others, scored]))
 
     def _accuracy(self, selection: SelectionConfig, backbone: Backbone, device: torch.device) -> Tensor:
         known, asked = _labelled(self._manifest, "train"), _labelled(self._manifest, selection.split)
@@ -141,24 +141,18 @@ class Selection:
             )
 
 
-def read_scores(folder_url: str) -> tuple[Scored, ...]:
-    """The scores that a run has left in the folder of its checkpoints, by step; empty if there are none.
+def read_scores(checkpoints: CheckpointStore) -> tuple[Scored, ...]:
+    """The scores that a run has left beside its checkpoints, by step; empty if there are none.
 
-    StorageError where they are damaged.
+    StorageError where they are damaged, CheckpointError where they are another run's.
     """
-    url = _url(folder_url)
-    if not storage.exists(url):
-        return ()
     try:
-        return tuple(Scored(**row) for row in json.loads(storage.read_bytes(url)))
+        return tuple(Scored(**row) for row in checkpoints.read_rows(_NAME))
     except (ValueError, TypeError) as error:
         raise storage.StorageError(
-            f"{url} is damaged ({error}); restore it, or delete it: then the scores of the epochs done are missing"
+            f"{storage.join(checkpoints.url, _NAME)} is damaged ({error}); restore it, or delete it: then the scores "
+            "of the epochs done are missing"
         ) from error
-
-
-def _url(folder_url: str) -> str:
-    return storage.join(folder_url, "selection.json")
 
 
 def _labelled(manifest: Manifest, split: str) -> NDArray[np.int64]:

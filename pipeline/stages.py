@@ -52,7 +52,7 @@ def evaluate_and_export(config: Config, manifest: Manifest, *, device: torch.dev
             card=card,
         )
         run.save_encoder(out)
-    run.save_report(report, read_quarantine(run.checkpoints.url))
+    run.save_report(report, read_quarantine(run.checkpoints))
     return report
 
 

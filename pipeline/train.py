@@ -172,11 +172,11 @@ def fit(
     loader = make_loader(config, manifest, device)
     total_steps = config.train.epochs * loader.steps_per_epoch
     quarantine = Quarantine(
-        checkpoints.url,
+        checkpoints,
         num_samples=manifest.split("train").num_samples,
         max_bad_share=config.data.max_bad_share,
     )
-    selection = Selection(config, manifest, loader.steps_per_epoch, checkpoints.url)
+    selection = Selection(config, manifest, loader.steps_per_epoch, checkpoints)
 
     start = distributed.broadcast_int(checkpoints.latest_step() or 0 if distributed.rank() == 0 else 0)
     if start:

@@ -1,5 +1,6 @@
 """A small encoder, exported as a real one is; the tests of export, registry and embedding share it."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -48,3 +49,11 @@ def of_another_run(bundle: Path, folder: Path, run_id: str) -> Path:
     renamed = manifest.model_copy(update={"card": manifest.card.model_copy(update={"run_id": run_id})})
     (folder / "card.json").write_text(renamed.model_dump_json())
     return folder
+
+
+def with_digests(bundle: Path) -> Path:
+    """``bundle``, whose card now vouches for the files as they are."""
+    manifest = BundleManifest.model_validate_json((bundle / "card.json").read_text())
+    files = {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in manifest.files}
+    (bundle / "card.json").write_text(manifest.model_copy(update={"files": files}).model_dump_json())
+    return bundle

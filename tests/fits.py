@@ -19,7 +19,7 @@ def run(config: Config, store_url: str, until: int | None = None) -> tuple[Metho
         if progress.step == until:
             raise KeyboardInterrupt
 
-    store = CheckpointStore(store_url)
+    store = CheckpointStore(store_url, "run")
     try:
         return fit(config, Manifest.load(config.shards_url), store, device=torch.device("cpu"), report=report), reports
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.archive import ArchiveError, load_archive
 from tests.encoders import export_tiny, tiny_backbone
+from tests.strangers.mutated_archives import rewritten
 
 SYMBOL = "Symbol('s77', positive=True, integer=True)"
 
@@ -22,14 +23,6 @@ SYMBOL = "Symbol('s77', positive=True, integer=True)"
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_tiny(tmp_path_factory.mktemp("archive") / "encoder") / "model.pt2"
-
-
-def rewritten(archive: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, "w") as copy:
-        for name in source.namelist():
-            copy.writestr(name, change(name, source.read(name)))
-    return target
 
 
 def with_graph(change: Callable[[dict[str, Any]], None]) -> Callable[[str, bytes], bytes]:
@@ -68,6 +61,20 @@ def code_in_a_guard(marker: Path) -> Callable[[str, bytes], bytes]:
     return with_graph(lambda program: program.update(guards_code=[f"__import__('os').system('touch {marker}') == 0"]))
 
 
+def code_in_a_name(marker: Path) -> Callable[[str, bytes], bytes]:
+    """The input's name becomes a parameter in the code that torch writes: ``def forward(self, x=<code>)``."""
+    name = f"x=__import__('os').system('touch {marker}')"
+    as_input, as_value = '{"as_tensor": {"name": "x"}}', '"x": {"dtype"'
+
+    def apply(record: str, content: bytes) -> bytes:
+        if not record.endswith("models/model.json"):
+            return content
+        text = content.decode().replace(as_input, as_input.replace('"x"', json.dumps(name)))
+        return text.replace(as_value, as_value.replace('"x"', json.dumps(name))).encode()
+
+    return apply
+
+
 def run_unchecked(path: Path) -> None:
     """What a consumer would do with torch alone."""
     try:
@@ -79,9 +86,9 @@ def run_unchecked(path: Path) -> None:
 @pytest.mark.parametrize(
     ("attack", "message"),
     [
-        (pickled_code, "example inputs .* not plain tensors"),
-        (code_in_a_size, "size that is not arithmetic"),
+        (code_in_a_size, "size that is not linear"),
         (code_in_a_guard, "carries guards"),
+        (code_in_a_name, "where a name or a number should be"),
     ],
 )
 def test_code_that_torch_would_run_is_refused(
@@ -94,6 +101,16 @@ def test_code_that_torch_would_run_is_refused(
     marker.unlink()
     with pytest.raises(ArchiveError, match=message):
         load_archive(crafted)
+    assert not marker.exists()
+
+
+def test_pickled_code_is_not_read(archive: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    crafted = rewritten(archive, tmp_path / "model.pt2", pickled_code(marker))
+    run_unchecked(crafted)
+    assert marker.exists(), "torch.export.load no longer runs this; the attack proves nothing any more"
+    marker.unlink()
+    assert load_archive(crafted)(torch.zeros(2, 3, 28, 28)).shape == (2, 64)
     assert not marker.exists()
 
 
@@ -161,7 +178,7 @@ def test_sizes_are_arithmetic_on_named_sizes(archive: Path, tmp_path: Path, size
         tmp_path / "model.pt2",
         lambda name, content: content.replace(json.dumps(SYMBOL).encode(), json.dumps(size).encode()),
     )
-    with pytest.raises(ArchiveError, match="size that is not arithmetic"):
+    with pytest.raises(ArchiveError, match="size that is not linear"):
         load_archive(crafted)
 
 

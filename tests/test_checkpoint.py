@@ -26,7 +26,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_keeps_the_newest_and_reads_them_back(url: str) -> None:
-    store = CheckpointStore(url, keep=2)
+    store = CheckpointStore(url, "run", keep=2)
     assert store.latest_step() is None
     for step in (5, 10, 100):
         store.save(state(step))
@@ -36,14 +36,14 @@ def test_keeps_the_newest_and_reads_them_back(url: str) -> None:
 
 
 def test_a_payload_without_its_commit_is_no_checkpoint(tmp_path: Path) -> None:
-    store = CheckpointStore(str(tmp_path))
+    store = CheckpointStore(str(tmp_path), "run")
     store.save(state(5))
     (tmp_path / "step-000000009.pt").write_bytes(b"a kill came before the commit")
     assert store.latest_step() == 5
 
 
 def test_damage_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
-    store = CheckpointStore(str(tmp_path))
+    store = CheckpointStore(str(tmp_path), "run")
     store.save(state(5))
     store.save(state(6))
     payload = tmp_path / "step-000000006.pt"
@@ -56,7 +56,7 @@ def test_damage_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"size": 1}', "\xff"])
 def test_a_damaged_commit_is_an_error_that_says_how_to_go_on(tmp_path: Path, text: str) -> None:
-    store = CheckpointStore(str(tmp_path))
+    store = CheckpointStore(str(tmp_path), "run")
     store.save(state(5))
     store.save(state(6))
     (tmp_path / "step-000000006.json").write_text(text, encoding="latin-1")
@@ -65,7 +65,7 @@ def test_a_damaged_commit_is_an_error_that_says_how_to_go_on(tmp_path: Path, tex
 
 
 def test_a_missing_payload_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
-    store = CheckpointStore(str(tmp_path))
+    store = CheckpointStore(str(tmp_path), "run")
     store.save(state(6))
     (tmp_path / "step-000000006.pt").unlink()
     with pytest.raises(CheckpointError, match=r"step-000000006\.pt is missing; delete .*000006\.json .*none"):
@@ -77,7 +77,7 @@ def test_loading_never_unpickles_code(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
-    store = CheckpointStore(str(tmp_path))
+    store = CheckpointStore(str(tmp_path), "run")
     store.save({**state(5), "config": Payload()})  # type: ignore[typeddict-item]
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         store.load(5)

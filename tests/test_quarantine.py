@@ -59,7 +59,7 @@ def run(config: Config, store_url: str, until: int | None = None) -> tuple[list[
 
     manifest = Manifest.load(config.shards_url)
     try:
-        fit(config, manifest, CheckpointStore(store_url), device=torch.device("cpu"), report=report)
+        fit(config, manifest, CheckpointStore(store_url, "run"), device=torch.device("cpu"), report=report)
     except KeyboardInterrupt:
         pass
     except BadSamplesError as error:
@@ -76,7 +76,7 @@ def met_alone(config: Config) -> int:
 
 
 def ids_of(url: Path) -> set[int]:
-    return {sample.sample_id for sample in read_quarantine(str(url))}
+    return {sample.sample_id for sample in read_quarantine(CheckpointStore(str(url), "run"))}
 
 
 def test_the_list_is_the_whole_job_s_and_survives_a_restart_at_another_world_size(
@@ -91,10 +91,10 @@ def test_the_list_is_the_whole_job_s_and_survives_a_restart_at_another_world_siz
     ranks = gloo.run(2, run, config, str(tmp_path))
     assert [error for _, error in ranks] == ["", ""]
     assert ranks[0][0][-1].bad_samples == ranks[0][0][-1].logged["data/bad_samples"] == len(BAD)
-    after = read_quarantine(str(tmp_path))
+    after = read_quarantine(CheckpointStore(str(tmp_path), "run"))
     assert [(s.sample_id, s.shard) for s in after] == [(i, f"train-{i // SHARD_SAMPLES:06d}.tar") for i in sorted(BAD)]
     run(config, str(tmp_path / "undisturbed"))
-    assert read_quarantine(str(tmp_path / "undisturbed")) == after
+    assert read_quarantine(CheckpointStore(str(tmp_path / "undisturbed"), "run")) == after
 
 
 def test_the_share_is_that_of_all_ranks_together_and_all_stop_with_the_list(config: Config, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_share_is_that_of_all_ranks_together_and_all_stop_with_the_list(conf
     assert errors[0] == errors[1]
     assert "4 of 60 training images cannot be decoded, more than data.max_bad_share=0.05 allows" in errors[0]
     assert ids_of(tmp_path) == set(BAD)
-    for sample in read_quarantine(str(tmp_path)):
+    for sample in read_quarantine(CheckpointStore(str(tmp_path), "run")):
         assert f"{sample.sample_id} in {sample.shard}: {sample.reason}" in errors[0]
 
     assert run(strict, str(tmp_path)) == ([], errors[0]), "a restart says so before its first step"
@@ -118,4 +118,4 @@ def test_the_share_is_that_of_all_ranks_together_and_all_stop_with_the_list(conf
 def test_a_list_that_was_cut_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "quarantine.json").write_text(text)
     with pytest.raises(StorageError, match=r"quarantine\.json is not the list .*; delete it"):
-        read_quarantine(str(tmp_path))
+        read_quarantine(CheckpointStore(str(tmp_path), "run"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Config, ConfigError, load_config, override
 from pipeline.data.assemble import BadSamplesError
 from pipeline.data.loader import normalize, read_images
@@ -106,7 +107,7 @@ def test_the_score_is_that_of_scikit_learn_and_is_kept(
     assert score(wide) == pytest.approx(untrained, abs=a_tie)
     assert reports[-1].metrics[METRIC] == pytest.approx(trained, abs=a_tie)
     scored = [(r.step, r.step // STEPS, r.metrics[METRIC], r.metrics["loss"]) for r in reports if METRIC in r.metrics]
-    assert [(s.step, s.epochs, s.knn, s.loss) for s in read_scores(url)] == scored
+    assert [(s.step, s.epochs, s.knn, s.loss) for s in read_scores(CheckpointStore(url, "run"))] == scored
 
 
 def score(config: Config, *, poison: bool = False) -> float:
@@ -115,7 +116,11 @@ def score(config: Config, *, poison: bool = False) -> float:
     if poison:
         next(backbone.parameters()).data.fill_(float("nan"))
     manifest = Manifest.load(config.shards_url)
-    return Selection(config, manifest, STEPS, "memory://nowhere").after(STEPS, backbone, CPU)[METRIC].item()
+    return (
+        Selection(config, manifest, STEPS, CheckpointStore("memory://nowhere", "run"))
+        .after(STEPS, backbone, CPU)[METRIC]
+        .item()
+    )
 
 
 def test_the_score_of_given_weights_is_the_same_at_any_world_size(config: Config) -> None:
@@ -158,19 +163,19 @@ def test_a_resumed_run_scores_what_was_cut_and_nothing_twice(
     _, third = run(config, str(tmp_path))
     assert [r.step for r in third] == [4, 6]
     assert third[-1].metrics == expected[6]
-    assert read_scores(str(tmp_path)) == read_scores(url)
+    assert read_scores(CheckpointStore(str(tmp_path), "run")) == read_scores(CheckpointStore(url, "run"))
     assert run(config, str(tmp_path))[1] == [], "a finished run scores nothing"
 
     for damaged in ("[{", '[{"step": 3}]', "3"):
         (tmp_path / "selection.json").write_text(damaged)
         with pytest.raises(StorageError, match=r"selection\.json is damaged .*; restore it, or delete it"):
-            read_scores(str(tmp_path))
+            read_scores(CheckpointStore(str(tmp_path), "run"))
 
 
 def test_every_so_many_epochs_and_after_the_last(config: Config) -> None:
     sparse = override(config, ["evaluate.selection.every_epochs=2", "train.epochs=5"])
     backbone = build_method(sparse).backbone
-    selection = Selection(sparse, Manifest.load(sparse.shards_url), STEPS, "memory://nowhere")
+    selection = Selection(sparse, Manifest.load(sparse.shards_url), STEPS, CheckpointStore("memory://nowhere", "run"))
     assert [step for step in range(1, 5 * STEPS + 1) if selection.after(step, backbone, CPU)] == [6, 12, 15]
 
 

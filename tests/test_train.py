@@ -118,7 +118,7 @@ def test_options_of_a_restored_optimizer_are_the_config_s(config: Config, tmp_pa
     changed = override(config, ["optim.weight_decay=0.5", "optim.momentum=0.3"])
     method = build_method(changed)
     optimizer = build_optimizer(method, changed.optim, peak=1.0)
-    restore(CheckpointStore(str(tmp_path)).load(4), method, optimizer, changed, Manifest.load(config.shards_url))
+    restore(CheckpointStore(str(tmp_path), "run").load(4), method, optimizer, changed, Manifest.load(config.shards_url))
     assert {group["momentum"] for group in optimizer.param_groups} == {0.3}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
     assert optimizer.state, "its momentum is the other run's"

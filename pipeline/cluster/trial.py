@@ -196,7 +196,7 @@ class PretrainTrial(tune.Trainable):
         if stretch.parent is not None and run.checkpoints.latest_step() is None:
             self._adopt(run, stretch.parent)
         done = run.checkpoints.latest_step() or 0
-        for scored in read_scores(run.checkpoints.url):
+        for scored in read_scores(run.checkpoints):
             if scored.step <= done and scored.epochs > stretch.first_epoch:
                 told.put(_Score(seed, scored.epochs, scored.knn, scored.loss))
 

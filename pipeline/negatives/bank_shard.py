@@ -120,7 +120,10 @@ class BankShard(Shard):
         self._arrived: dict[int, dict[int, Write]] = {}  # by step and rank
 
     def fill(self, generation: int, spec: BankSpec, content: Part) -> None:
-        """Take the next rows, from row 0 on; with the last the shard is open. NotOpenError if others are missing."""
+        """Take the next rows, from row 0 on; with the last the shard is open.
+
+        NotOpenError if others are missing, ServiceError if they are of another size, or of another step than row 0.
+        """
         self.refuse_older(generation)
         if generation == self.generation and self.is_open:
             return
@@ -133,6 +136,14 @@ class BankShard(Shard):
             self._arrived = {}
         if generation != self.generation or content.first != self._filled:
             raise NotOpenError
+        expected = (content.stop - content.first, spec.row_bytes)
+        fits = content.slots is None or content.slots.shape == expected
+        if content.steps != self.complete or content.stop > len(self._slots) or not fits:
+            raise ServiceError(
+                f"rows {content.first} to {content.stop - 1} after {content.steps} steps came as "
+                f"{None if content.slots is None else content.slots.shape} bytes; shard {self.index} takes {expected} "
+                f"of {len(self._slots)} rows after {self.complete} steps"
+            )
         if content.slots is not None:
             self._slots[content.first : content.stop] = content.slots
         else:

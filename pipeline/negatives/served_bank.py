@@ -238,5 +238,13 @@ class ServedBank(nn.Module):
         if saved is None:
             return 0, None
         state = self._checkpoints.load(saved)["method"]
-        steps, _ = state[f"{self._name}._extra_state"].tolist()
-        return steps, state[f"{self._name}.slots"]
+        steps, seed = state[f"{self._name}._extra_state"].tolist()
+        slots: Tensor = state[f"{self._name}.slots"]
+        own = (saved, self.seed, (self.num_samples, self._dim), self._dtype)
+        if (steps, seed, tuple(slots.shape), slots.dtype) != own:
+            raise ServiceError(
+                f"the checkpoint of step {saved} holds a bank after {steps} steps with seed {seed}, "
+                f"{tuple(slots.shape)} {slots.dtype}; this bank would be after {own[0]} steps with seed {own[1]}, "
+                f"{own[2]} {own[3]}: the checkpoint is another bank's"
+            )
+        return steps, slots

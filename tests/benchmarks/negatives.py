@@ -61,7 +61,7 @@ SIZE, DIM, BATCH, WORLD = 65536, 128, 256, 2
 RUN = "benchmark"
 MICRO = 16  # images at a time in the ResNet-18 step: 128 at once take 5 GiB a rank
 NOISE = 4096
-NOTHING_SAVED = CheckpointStore("/nonexistent/checkpoints")
+NOTHING_SAVED = CheckpointStore("/nonexistent/checkpoints", "run")
 
 
 def seconds(work: Callable[[], object], repetitions: int) -> float:

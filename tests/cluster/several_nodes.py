@@ -59,7 +59,7 @@ def main() -> None:
     config = NegativesConfig(backend="service", num_shards=3)
     with serving(config, "queue") as of_queue, serving(config, "bank") as of_bank:
         served_queue = ServedQueue(queue, RayShards(of_queue), batch=BATCH, max_staleness=0)
-        saved = CheckpointStore("/nonexistent/checkpoints")
+        saved = CheckpointStore("/nonexistent/checkpoints", "run")
         served_bank = ServedBank(bank, RayShards(of_bank), checkpoints=saved, name="bank")
 
         def at_step(step: int) -> None:

@@ -73,7 +73,7 @@ def as_rank(address: str, run_id: str, num_shards: int, work: Any) -> Any:
 
 
 def train_served(name: str, settings: dict[str, Any], shards: RayShards) -> dict[str, dict[str, Tensor]]:
-    nothing_saved = CheckpointStore("/nonexistent/checkpoints")
+    nothing_saved = CheckpointStore("/nonexistent/checkpoints", "run")
     with negatives_service(shards, batch=GLOBAL_BATCH, max_staleness=0, checkpoints=nothing_saved) as serve:
         return train(name, torch.float32, 8, serve, **settings)
 
@@ -195,7 +195,7 @@ def bank_step(bank: Any, step: int, rank: int, world: int) -> Tensor:
 
 def move_slots(steps: int, pause_s: float, checkpoints_url: str, shards: RayShards) -> dict[str, Any]:
     """A rank that saves after every 30 steps; all it read, and its state at the end."""
-    rank, world, saved = distributed.rank(), distributed.world_size(), CheckpointStore(checkpoints_url)
+    rank, world, saved = distributed.rank(), distributed.world_size(), CheckpointStore(checkpoints_url, "run")
     torch.manual_seed(0)
     bank = ServedBank(MemoryBank(SAMPLES, DIM), shards, checkpoints=saved, name="bank")
     seen, most_unsaved = [], 0
@@ -459,7 +459,7 @@ def ancestors(process: Path) -> list[int]:
 
 def undisturbed(config: Config, checkpoints_url: str) -> None:
     """This rank's part of the run with the local queue and without Ray."""
-    store = CheckpointStore(checkpoints_url)
+    store = CheckpointStore(checkpoints_url, "run")
     fit(config, Manifest.load(config.shards_url), store, device=torch.device("cpu"), report=lambda _: None)
 
 
@@ -512,7 +512,7 @@ def test_a_run_whose_shard_and_whose_rank_are_killed_ends_with_the_weights_of_th
     local = override(config, ["negatives.backend=local", "negatives.num_shards=1"])
     assert local.run_id(manifest.digest) == run.id, "the backend does not change what the run is"
     gloo.run(2, undisturbed, local, str(tmp_path / "undisturbed"))
-    expected = CheckpointStore(str(tmp_path / "undisturbed")).load(16)
+    expected = CheckpointStore(str(tmp_path / "undisturbed"), "run").load(16)
     actual = run.checkpoints.load(16)
     assert actual["method"].keys() == expected["method"].keys()
     for name, value in expected["method"].items():
