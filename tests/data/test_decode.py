@@ -110,8 +110,8 @@ def lying_jpeg() -> bytes:
         (lying_jpeg(), "60000 x 60000 pixels; at most"),
         (encoded(RGB, "WEBP")[:200], "unreadable|damaged"),
         (encoded(RGB, "TIFF")[:2000], "image|header"),
-        (encoded(Image.fromarray(np.full((9, 9), 70_000, np.int32)), "TIFF"), r"unknown range \(PIL's mode I\); .* 16"),
-        (encoded(Image.fromarray(np.full((9, 9), 0.5, np.float32)), "TIFF"), r"unknown range \(PIL's mode F\); .* 16"),
+        (encoded(Image.fromarray(np.full((9, 9), 70_000, np.int32)), "TIFF"), r"TIFF of 1 band \(int32\), .* 16"),
+        (encoded(Image.fromarray(np.full((9, 9), 0.5, np.float32)), "TIFF"), r"TIFF of 1 band \(float32\), .* 16"),
     ],
     ids=[
         "empty",
