@@ -230,6 +230,6 @@ def _no_pixels(tags: ImageFileDirectory_v2) -> str:
     }
     return (
         f"TIFF of {bands} band{'' if bands == 1 else 's'} ({', '.join(sorted(kinds))}), photometric interpretation "
-        f"{tags.get(PHOTOMETRIC_INTERPRETATION, 'unsaid')}: not gray or RGB pixels of 8 or 16 unsigned bits; choose one "
-        "band or three and convert them, e.g. to RGB of 8 bits"
+        f"{tags.get(PHOTOMETRIC_INTERPRETATION, 'unsaid')}: not gray or RGB pixels of 8 or 16 unsigned bits; choose "
+        "one band or three and convert them, e.g. to RGB of 8 bits"
     )
