@@ -175,7 +175,7 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients at hand, or from those that ``closure`` makes; its loss, or None.
 
         Gradients are not changed.

@@ -76,15 +76,17 @@ def _decode_unchanged(data: bytes | memoryview, header: Header) -> NDArray[np.ui
     clear = samples == header.key if header.key is not None else None
     levels = _levels(samples, header.largest)
     if levels.ndim == 2:
-        pixels = cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
+        pixels = np.asarray(cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB), np.uint8)
     elif levels.shape[2] == 4 and header.alpha:
-        pixels = _on_white(cv2.cvtColor(levels, cv2.COLOR_BGRA2RGBA, dst=levels))
+        cv2.cvtColor(levels, cv2.COLOR_BGRA2RGBA, dst=levels)
+        pixels = _on_white(levels)
     else:
-        pixels = cv2.cvtColor(levels, cv2.COLOR_BGRA2RGB if levels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        code = cv2.COLOR_BGRA2RGB if levels.shape[2] == 4 else cv2.COLOR_BGR2RGB
+        pixels = np.asarray(cv2.cvtColor(levels, code), np.uint8)
     if clear is not None:
         pixels[clear] = 255
     turn = _UPRIGHT.get(header.orientation)
-    return np.asarray(pixels) if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
 def _levels(samples: NDArray[np.integer], largest: int = 0) -> NDArray[np.uint8]:
@@ -133,7 +135,7 @@ def _decode_pil(data: bytes | memoryview, header: Header) -> NDArray[np.uint8]:
             upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I"):  # PIL would clip these at 255, to white
             gray = _levels(np.asarray(upright), header.largest)
-            return cv2.cvtColor(~gray if header.white_is_zero else gray, cv2.COLOR_GRAY2RGB)
+            return (~gray if header.white_is_zero else gray)[..., None].repeat(3, axis=2)
         if upright.has_transparency_data:
             return _on_white(np.asarray(upright.convert("RGBA")))
         return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))

@@ -7,10 +7,9 @@ the scans of a JPEG. They are refused here, as is what has no gray or RGB pixels
 import io
 import math
 import struct
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
@@ -77,13 +76,15 @@ def orientation_of(exif: Image.Exif) -> int:
 
 def _png(head: bytes, data: bytes | memoryview) -> Header:
     width, height, depth, colour = struct.unpack(">IIBB", head[16:26])
-    chunks = dict(_png_chunks(data))
+    if depth not in (1, 2, 4, 8, 16):
+        raise UndecodableError(f"PNG of {depth} bits a sample")
+    chunks = _png_chunks(data)
     if depth != 16 and colour in (0, 2, 3) and b"tRNS" not in chunks:
         return Header(height, width, "PNG", "opencv")
     significant = bytes(data[chunks[b"sBIT"]]) if b"sBIT" in chunks and depth == 16 else b""
     key = None
     if b"tRNS" in chunks and colour == 0:  # the one transparency that OpenCV does not turn into alpha
-        level = int.from_bytes(data[chunks[b"tRNS"]][:2], "big")
+        level = int.from_bytes(data[chunks[b"tRNS"]][:2], "big") & (2**depth - 1)
         key = level if depth == 16 else level * 255 // (2**depth - 1)
     orientation = _orientation(bytes(data[chunks[b"eXIf"]])) if b"eXIf" in chunks else 1
     bits = max(significant[: 3 if colour in (2, 6) else 1], default=0)
@@ -91,15 +92,15 @@ def _png(head: bytes, data: bytes | memoryview) -> Header:
     return Header(height, width, "PNG", "opencv-unchanged", largest, key=key, orientation=orientation)
 
 
-def _png_chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, slice]]:
+def _png_chunks(data: bytes | memoryview) -> dict[bytes, slice]:
     """Kind and place of each chunk. Of whatever length one claims to be, OpenCV takes that much memory first: 4 GiB."""
-    position = 8
+    position, chunks = 8, {}
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
-        yield kind, slice(position + 8, position + 8 + length)
+        chunks[kind] = slice(position + 8, position + 8 + length)
         position += length + 12
         if kind == b"IEND" and position <= len(data):
-            return
+            return chunks
     raise UndecodableError("PNG without its end: truncated, or a chunk's length is damaged")
 
 
@@ -168,7 +169,7 @@ def _simple(image: Image.Image) -> Header:
     return Header(image.height, image.width, str(image.format), "pil")
 
 
-def _ppm(image: Image.Image) -> Header:
+def _ppm(image: ImageFile.ImageFile) -> Header:
     if image.mode == "F":
         raise UndecodableError("PFM, of floats: their range is unknown; gray or RGB of 8 or 16 unsigned bits works")
     arguments = image.tile[0].args  # of PIL's decoder: a mode alone, or with the largest value, to which it scales

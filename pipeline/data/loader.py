@@ -35,8 +35,9 @@ from pipeline.data.assemble import (
 )
 from pipeline.data.augment import Augmenter, write_planes
 from pipeline.data.batch import Batch
-from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.decode import decode
 from pipeline.data.fetch import open_fetch
+from pipeline.data.headers import UndecodableError
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, Run, uniform_rows

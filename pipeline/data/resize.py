@@ -19,12 +19,12 @@ Pixels = NDArray[Any]  # uint8 (H, W, 3) RGB; OpenCV's stubs promise any number
 
 
 class _Axis(NamedTuple):
-    """Of ``source`` pixels resized to ``target``, ``count`` are made from ``first`` on."""
+    """Of ``source`` pixels resized to ``target``, ``made`` are made from ``first`` on."""
 
     source: int
     target: int
     first: int
-    count: int
+    made: int
 
     @property
     def low(self) -> int:
@@ -36,7 +36,7 @@ class _Axis(NamedTuple):
     def high(self) -> int:
         """The last pixel of the source that is read, or one more, plus 1."""
         scale = self.source / self.target
-        return min(int((self.first + self.count - 0.5) * scale + max(scale, 1.0)) + 1, self.source)
+        return min(int((self.first + self.made - 0.5) * scale + max(scale, 1.0)) + 1, self.source)
 
 
 def resized_crop(
@@ -64,9 +64,9 @@ def resized_crop(
 
 
 def _resize(image: Pixels, top: int, left: int, width: int, axis: _Axis) -> Pixels:
-    """Along the rows: (H, W, 3) -> (count, width, 3); the axis' source begins at the row ``top``."""
-    into = np.empty((axis.count, width, 3), np.uint8)
-    rows, flat = image.reshape(len(image), -1), into.reshape(axis.count, -1)
+    """Along the rows: (H, W, 3) -> (made, width, 3); the axis' source begins at the row ``top``."""
+    into = np.empty((axis.made, width, 3), np.uint8)
+    rows, flat = image.reshape(len(image), -1), into.reshape(axis.made, -1)
     _resize_rows(rows, top, left * 3, axis.source, axis.target, axis.first, flat)
     return into
 

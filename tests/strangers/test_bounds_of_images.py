@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as F2
 
-from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.decode import decode
+from pipeline.data.headers import UndecodableError
 from pipeline.data.loader import centre_crop, shorter_side
 from pipeline.data.resize import resized_crop
 from pipeline.data.writer import Sample, write_shards

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.decode import decode
+from pipeline.data.headers import UndecodableError
 from tests.data.images import jpeg, photo
 
 PHOTO = photo(40, 30)
