@@ -131,7 +131,7 @@ def _decode_pil(data: bytes | memoryview, header: Header) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=PIL_FORMATS) as image:
             image.load()  # which turns a TIFF upright and says so in its EXIF
-            turn = _UPRIGHT.get(_orientation(image))
+            turn = _UPRIGHT.get(orientation_of(image.getexif))
             upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I"):  # PIL would clip these at 255, to white
             gray = _levels(np.asarray(upright), header.largest)
@@ -141,11 +141,3 @@ def _decode_pil(data: bytes | memoryview, header: Header) -> NDArray[np.uint8]:
         return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except Exception as error:  # what PIL's readers raise at damage is anything
         raise UndecodableError(f"damaged image: {error}") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 (upright) where it cannot be read: as OpenCV has it."""
-    try:
-        return orientation_of(image.getexif())
-    except Exception:  # noqa: BLE001  what PIL's readers raise at damage is anything
-        return 1

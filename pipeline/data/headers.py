@@ -7,6 +7,7 @@ the scans of a JPEG. They are refused here, as is what has no gray or RGB pixels
 import io
 import math
 import struct
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -68,10 +69,12 @@ def read_header(data: bytes | memoryview) -> Header:
     return header
 
 
-def orientation_of(exif: Image.Exif) -> int:
-    """1 (upright) where it is no number."""
-    value = exif.get(ExifTags.Base.Orientation, 1)
-    return value if isinstance(value, int) else 1
+def orientation_of(read_exif: Callable[[], Image.Exif]) -> int:
+    """1 (upright) where it cannot be read: as OpenCV has it."""
+    try:
+        return int(read_exif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  what PIL's readers raise at damage is anything
+        return 1
 
 
 def _png(head: bytes, data: bytes | memoryview) -> Header:
@@ -86,7 +89,7 @@ def _png(head: bytes, data: bytes | memoryview) -> Header:
     if b"tRNS" in chunks and colour == 0:  # the one transparency that OpenCV does not turn into alpha
         level = int.from_bytes(data[chunks[b"tRNS"]][:2], "big") & (2**depth - 1)
         key = level if depth == 16 else level * 255 // (2**depth - 1)
-    orientation = _orientation(bytes(data[chunks[b"eXIf"]])) if b"eXIf" in chunks else 1
+    orientation = orientation_of(lambda: _exif(bytes(data[chunks[b"eXIf"]])))  # KeyError: there is none
     bits = max(significant[: 3 if colour in (2, 6) else 1], default=0)
     largest = 2**bits - 1 if bits <= 16 else 0
     return Header(height, width, "PNG", "opencv-unchanged", largest, key=key, orientation=orientation)
@@ -104,13 +107,10 @@ def _png_chunks(data: bytes | memoryview) -> dict[bytes, slice]:
     raise UndecodableError("PNG without its end: truncated, or a chunk's length is damaged")
 
 
-def _orientation(exif: bytes) -> int:
-    image_exif = Image.Exif()
-    try:
-        image_exif.load(b"Exif\0\0" + exif)
-        return orientation_of(image_exif)
-    except Exception:  # noqa: BLE001  what PIL's readers raise at damage is anything
-        return 1
+def _exif(data: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(b"Exif\0\0" + data)
+    return exif
 
 
 def _jpeg(data: bytes) -> Header:
@@ -200,7 +200,7 @@ def _tiff(image: TiffImageFile) -> Header:
     if tile > max(_MAX_TILE, 4 * image.height * image.width):
         raise UndecodableError(f"TIFF of {image.width} x {image.height} pixels in tiles of {tile:,}")
     bits = _values(tags, BITSPERSAMPLE, 1)
-    largest = max(_values(tags, _MAX_SAMPLE_VALUE, 0))
+    largest = int(max(_values(tags, _MAX_SAMPLE_VALUE, 0)))
     header = _simple(image)._replace(largest=largest if bits[0] == 16 else 2 ** bits[0] - 1)
     if image.mode in ("RGB", "RGBA", "RGBX") and set(bits) == {16} and _values(tags, PLANAR_CONFIGURATION, 1) == (1,):
         return header._replace(reader="opencv-unchanged", alpha=image.mode == "RGBA")  # PIL would drop the low bytes
