@@ -1,11 +1,12 @@
 """Optimizers for large batches: LARS in its published form, learning-rate scaling, parameter groups, EMA.
 
 LARS (You et al. 2017, arXiv:1708.03888) scales each weight's gradient by q = eta * |w| / |g + wd * w|. It is SGD with
-dampening 1 - q, so on the CPU each weight is one pass of torch's fused SGD: 1.7x as fast as timm's and lightly's.
+dampening 1 - q, so on the CPU each weight is one pass of torch's fused SGD: 1.7x as fast as timm's and lightly's. The
+update does not depend on the gradient's scale, so neither may its precision: see ``_fused_sgd`` and ``_norms``.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -174,8 +175,15 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand; gradients are not changed."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients at hand, or from those that ``closure`` makes; its loss, or None.
+
+        Gradients are not changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
@@ -186,10 +194,11 @@ class LARS(Optimizer):
                 _fused_sgd(weights, gradients, buffers, group, ratio=1.0)
             elif weights[0].device.type == "cpu":
                 for weight, gradient, buffer in zip(weights, gradients, buffers, strict=True):
-                    ratio = _trust_ratio(weight, gradient, group)
+                    ratio = _trust_ratio(*_norms(weight, gradient, group), group)
                     _fused_sgd([weight], [gradient], [buffer], group, ratio)
             else:
                 _foreach_lars(weights, gradients, buffers, group)
+        return loss
 
     def _buffer(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
@@ -199,19 +208,29 @@ class LARS(Optimizer):
         return buffer
 
 
+SMALLEST_SCALE = 2.0**-29  # of gradients in a fused step: 1 - (1 - s), in float64, is off by 2**-53: 6e-8 of s
+
+
 def _fused_sgd(
     weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any], ratio: float
 ) -> None:
-    """v <- m*v + s*(g + wd*w), w <- w - lr*v in one pass, where s = ratio (times lr when the buffer holds it)."""
-    lr, inside = group["lr"], group["lr_in_momentum"]
+    """v <- m*v + s*(g + wd*w), w <- w - lr*v in one pass, where s = ratio (times lr when the buffer holds it).
+
+    torch takes s as a dampening, 1 - s. What is left of a small s by that is too little: s is put into the gradients.
+    """
+    lr, decay, inside = group["lr"], group["weight_decay"], group["lr_in_momentum"]
+    scale = ratio * lr if inside else ratio
+    if 0 < scale < SMALLEST_SCALE:
+        gradients = [g.add(w, alpha=decay).mul_(scale) for g, w in zip(gradients, weights, strict=True)]
+        scale, decay = 1.0, 0.0
     torch._fused_sgd_(
         weights,
         gradients,
         buffers,
-        weight_decay=group["weight_decay"],
+        weight_decay=decay,
         momentum=group["momentum"],
         lr=1.0 if inside else lr,
-        dampening=1 - (ratio * lr if inside else ratio),
+        dampening=1 - scale,
         nesterov=False,
         maximize=False,
         is_first_step=False,  # buffers start at zero: the first step is dampened like every other
@@ -232,25 +251,36 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def _trust_ratio(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> float:
-    """q, from w.w, g.g and g.w in one pass over memory, summed in float64 over chunks.
+def _norms(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[float, float]:
+    """|w| and |g + wd*w| (|g| in timm's form), from w.w, g.g and g.w in one pass over memory.
 
-    torch's own norm of 2 million float32 is off by 3e-5; these dot products are by 1e-7.
+    torch's own norm of 2 million float32 is off by 3e-5; these dot products, summed in float64 over chunks, are by
+    1e-7. Where squares leave float32's range (1e-38 to 3e38) or the sum cancels, all is done in float64.
     """
-    decay = group["weight_decay"]
+    decay = group["weight_decay"] if group["trust_form"] == "published" else 0.0
     ww = gg = gw = 0.0
     for w, g in zip(_flat(weight).split(CHUNK), _flat(gradient).split(CHUNK), strict=True):
+        if w.dtype.itemsize < 4:  # 16 bits have neither the digits nor, in float16, the range
+            w, g = w.float(), g.float()
         gw += float(torch.dot(g, w)) if decay else 0.0  # first: it reads both from memory at once
         ww += float(torch.dot(w, w))
         gg += float(torch.dot(g, g))
-    w_norm = math.sqrt(ww)
-    if group["trust_form"] == "timm":
-        divisor = math.sqrt(gg) + decay * w_norm + 1e-8
-        return group["trust_coefficient"] * w_norm / divisor if ww and gg else 1.0
     square = gg + 2 * decay * gw + decay**2 * ww  # |g + wd*w|^2
-    if square < 1e-2 * (gg + decay**2 * ww):  # they nearly cancel, and the expansion has lost its digits
-        square = float(torch.linalg.vector_norm(gradient.add(weight, alpha=decay))) ** 2
-    return group["trust_coefficient"] * w_norm / math.sqrt(square) if ww and square else 1.0
+    smallest = 1e-30 * weight.numel()  # of less the squares below 1e-38, which are lost, could be a digit
+    cancelled = square < 1e-2 * (gg + decay**2 * ww)  # the expansion has lost its digits
+    if min(ww, gg) > smallest and max(ww, gg) < math.inf and not cancelled:
+        return math.sqrt(ww), math.sqrt(square)
+    wide, update = weight.double(), gradient.double().add(weight, alpha=decay)
+    return float(torch.linalg.vector_norm(wide)), float(torch.linalg.vector_norm(update))
+
+
+def _trust_ratio(w_norm: float, norm: float, group: dict[str, Any]) -> float:
+    """q, from |w| and |g + wd*w|, or |g| in timm's form; 1 where either is 0."""
+    if not w_norm or not norm:
+        return 1.0
+    divisor = norm + group["weight_decay"] * w_norm + 1e-8 if group["trust_form"] == "timm" else norm
+    ratio: float = group["trust_coefficient"] * w_norm / divisor
+    return ratio
 
 
 def _foreach_lars(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
@@ -259,13 +289,9 @@ def _foreach_lars(weights: list[Tensor], gradients: list[Tensor], buffers: list[
     The ratios go through the host, which has just waited for the loss: on the device, multiplying each update by a
     tensor of its own would be a launch per weight.
     """
-    decay, eta = group["weight_decay"], group["trust_coefficient"]
-    updates = list(torch._foreach_add(gradients, weights, alpha=decay))
-    in_timm = group["trust_form"] == "timm"
-    norms = torch.stack(torch._foreach_norm([*weights, *(gradients if in_timm else updates)])).tolist()
-    ratios = [
-        eta * w_norm / (norm + decay * w_norm + 1e-8 if in_timm else norm) if w_norm and norm else 1.0
-        for w_norm, norm in zip(norms[: len(weights)], norms[len(weights) :], strict=True)
-    ]
-    torch._foreach_mul_(updates, ratios)
+    updates = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+    measured = [*weights, *(gradients if group["trust_form"] == "timm" else updates)]
+    norms = torch.stack(torch._foreach_norm(measured, dtype=torch.float64)).tolist()
+    pairs = zip(norms[: len(weights)], norms[len(weights) :], strict=True)
+    torch._foreach_mul_(updates, [_trust_ratio(*pair, group) for pair in pairs])
     _fused_sgd(weights, updates, buffers, {**group, "weight_decay": 0.0}, ratio=1.0)

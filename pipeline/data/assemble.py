@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.augment import Augmenter
-from pipeline.data.decode import UndecodableError, decode
+from pipeline.data.decode import decode
 from pipeline.data.fetch import open_fetch
+from pipeline.data.headers import UndecodableError
 from pipeline.data.manifest import Manifest
 from pipeline.data.mirror import MirrorConfig, MirrorFetch
 from pipeline.data.plan import Plan, uniform_rows

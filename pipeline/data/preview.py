@@ -28,8 +28,8 @@ def view_grid(manifest: Manifest, views: Sequence[View], image_size: int, seed: 
     loader = Loader(manifest, "train", views, image_size=image_size, global_batch_size=rows, seed=seed)
     batch = next(iter(loader.batches(0, 1)))
     reader = SampleReader(manifest, samples, open_fetch(manifest))
-    originals = [decode(reader.read_run(Run(int(i), 1)).payload(0)) for i in batch.sample_ids]
-    columns = [[centre_crop(image, image_size) for image in originals]]
+    payloads = (reader.read_run(Run(int(i), 1)).payload(0) for i in batch.sample_ids)
+    columns = [[centre_crop(decode(payload), image_size) for payload in payloads]]
     columns += [list(view.permute(0, 2, 3, 1).numpy()) for view in batch.views]
     cell = max(len(column[0]) for column in columns) + _GAP
     grid = np.full((rows * cell, len(columns) * cell, 3), 255, np.uint8)
