@@ -23,6 +23,7 @@ from pipeline.data.fetch import Fetch
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.plan import Plan, Run, ids_of
 from pipeline.storage import StorageError
+from pipeline.waiting import Waiting
 
 BlockKey = tuple[int, int, int]  # epoch, lane, block
 
@@ -187,7 +188,10 @@ class Singles:
     def payload(self, place: int) -> memoryview:
         """As ``Block.payload``. Raises what reading raised."""
         sample_id = self.ids[place]
-        return (self._ahead[sample_id].result() if sample_id in self._ahead else self._read(sample_id)).payload(0)
+        if sample_id not in self._ahead:
+            return self._read(sample_id).payload(0)
+        with Waiting(lambda: f"sample {sample_id} of the first batch"):
+            return self._ahead[sample_id].result().payload(0)
 
     def _read(self, sample_id: int) -> Block:
         return self._reader.read_run(Run(sample_id, 1))
@@ -308,9 +312,10 @@ class LaneReader:
 
     def _move(self, key: BlockKey) -> Block:
         """A lane's next current block; the one before it is released."""
-        lane = key[1]
+        epoch, lane, number = key
         future = self._ahead.pop(key, None) or self._submit(key)
-        block = future.result()
+        with Waiting(lambda: f"block {number} of lane {lane} in epoch {epoch}"):
+            block = future.result()
         if lane in self._current:
             self._release(*self._current[lane])
         self._current[lane] = key, future
