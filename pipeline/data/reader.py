@@ -230,10 +230,11 @@ class LaneReader:
             for lane in [lane for lane, (key, _) in self._current.items() if key[0] != epoch]:
                 self._release(*self._current.pop(lane))  # before the new epoch's blocks ask for theirs
             self._ask(looked_at)
-            for lane, block in zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True):
-                key = epoch, lane, block
-                if lane not in self._current or self._current[lane][0] != key:
-                    self._blocks[lane] = self._move(key)
+            with Waiting(lambda: f"the blocks of step {step}"):
+                for lane, block in zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True):
+                    key = epoch, lane, block
+                    if lane not in self._current or self._current[lane][0] != key:
+                        self._blocks[lane] = self._move(key)
             self._asked = looked_at
         return self._blocks
 
@@ -312,10 +313,9 @@ class LaneReader:
 
     def _move(self, key: BlockKey) -> Block:
         """A lane's next current block; the one before it is released."""
-        epoch, lane, number = key
+        lane = key[1]
         future = self._ahead.pop(key, None) or self._submit(key)
-        with Waiting(lambda: f"block {number} of lane {lane} in epoch {epoch}"):
-            block = future.result()
+        block = future.result()
         if lane in self._current:
             self._release(*self._current[lane])
         self._current[lane] = key, future

@@ -147,6 +147,14 @@ class HurtingProxy:
         self.port = 0
         self.up()
 
+    def calm(self) -> None:
+        """Hurt nothing, forget what was asked for."""
+        self.faults.clear()
+        self.always = None
+        self.requests = 0
+        self.asked.clear()
+        self.asked_at.clear()
+
     @property
     def endpoint(self) -> str:
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
