@@ -158,6 +158,7 @@ class HttpFetch:
                 try:
                     for count in self._stream(shard, start + filled, buffer[filled:], progress):
                         filled += count
+                        was_denied = was_denied and not count  # signatures expire again and again
                         progress.got(count)
                 except DeniedError:
                     if was_denied:

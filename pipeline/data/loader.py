@@ -249,8 +249,10 @@ class _Workers:
         """Wait until ``step`` is filled; the bad samples met since the last call."""
         with Waiting(lambda: self._describe(step)):
             while self._undone[step]:
-                for connection in wait(self._connections):
-                    self._receive(self._connections.index(connection))
+                ready = set(wait(self._connections))
+                for place, connection in enumerate(self._connections):
+                    if connection in ready:
+                        self._receive(place)
         del self._undone[step]
         bad, self._bad = self._bad, []
         return bad
