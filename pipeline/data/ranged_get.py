@@ -309,8 +309,8 @@ def _receive(response: http.client.HTTPResponse, sock: socket.socket, body: memo
 def _bound(sock: socket.socket, seconds: float) -> None:
     """What each wait for bytes takes at most, from now on.
 
-    ``settimeout`` gives up the interpreter's lock, which takes up to 5 ms to get back from a thread that checks samples:
-    three calls for each request of 4 MB, and an epoch took 1.3x as long.
+    ``settimeout`` gives up the interpreter's lock, which takes up to 5 ms to get back from a thread that checks
+    samples: with three calls for each request of 4 MB an epoch took 1.3x as long.
     """
     if isinstance(sock, ssl.SSLSocket):
         sock.settimeout(seconds)
