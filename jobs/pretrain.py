@@ -76,7 +76,7 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
         trainer,  # Ray takes 3 s to import; a mistake in the config should not cost them
     )
     from pipeline.cluster.connection import connected
-    from pipeline.cluster.inbox import Report, WorkerFailure
+    from pipeline.cluster.inbox import Report, WorkerFailure, WorkerWaiting
 
     done = run.checkpoints.latest_step()
     print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
@@ -89,6 +89,8 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
     def on_report(report: Report) -> None:
         if isinstance(report, WorkerFailure):
             display.note(f"rank {report.rank} failed, the group restarts: {report.reason.splitlines()[0]}")
+        elif isinstance(report, WorkerWaiting):
+            display.note(f"rank {report.rank} is {report.line}")
         else:
             display.show(report)
             tracker.log(report.step, report.logged)

@@ -66,7 +66,7 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
     """The trials, then what becomes of the best of them."""
     # Ray takes 3 s to import; a mistake in the config should not cost them
     from pipeline.cluster.connection import connected
-    from pipeline.cluster.inbox import Report, WorkerFailure
+    from pipeline.cluster.inbox import Report, WorkerFailure, WorkerWaiting
     from pipeline.cluster.sweep import run_sweep
 
     started, base = time.monotonic(), sweep.base
@@ -81,6 +81,8 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
         def on_report(run_id: str, report: Report) -> None:
             if isinstance(report, WorkerFailure):
                 display.note(f"{run_id}: rank {report.rank} failed: {report.reason.splitlines()[0]}")
+            elif isinstance(report, WorkerWaiting):
+                display.note(f"{run_id}: rank {report.rank} is {report.line}")
             else:
                 display.progress(run_id, report)
                 runs.log(run_id, report)

@@ -25,6 +25,7 @@ READ_TIMEOUT_S = 5
 _PART = ".part"  # ends the names of files that are being written
 S3_ATTEMPTS = 3  # s3fs's own retries, 0.1 and 0.17 s apart; botocore's are off, they would multiply
 SIGNATURE_LIFETIME_S = 3600
+RANGE_TIMEOUT_S = 300.0  # of one ``read_range``; READ_TIMEOUT_S alone would let a byte now and then renew it
 
 
 class StorageError(UserError):
@@ -81,7 +82,8 @@ def read_range(url: str, start: int, end: int) -> bytes:
     with _explained("read", url):
         if is_remote(url):
             fs, path = _remote(url)
-            data = bytes(fs.cat_file(path, start=start, end=end))
+            bound = {"timeout": RANGE_TIMEOUT_S} if fs.async_impl else {}  # of fsspec's loop; others have none
+            data = bytes(fs.cat_file(path, start=start, end=end, **bound))
         else:
             with _local(url).open("rb") as file:
                 file.seek(start)
@@ -234,6 +236,11 @@ def sign(url: str) -> str:
     with _explained("sign", url):
         fs, path = _remote(url)
         return str(fs.sign(path, expiration=SIGNATURE_LIFETIME_S))
+
+
+def forget_credentials() -> None:
+    """The next call reads them anew, from wherever they come: a file may have been replaced meanwhile."""
+    _filesystem.cache_clear()
 
 
 def _of_file(stat: os.stat_result) -> Listed:

@@ -29,6 +29,14 @@ class WorkerFailure:
 
 
 @dataclass(frozen=True)
+class WorkerWaiting:
+    """What holds a rank up, each 10 s anew."""
+
+    rank: int
+    line: str
+
+
+@dataclass(frozen=True)
 class Started:
     """What of Ray's belongs to a run."""
 
@@ -36,7 +44,7 @@ class Started:
     placement_group: PlacementGroup | None = None  # outlives a controller that is killed, and holds the CPUs
 
 
-Report = Progress | WorkerFailure
+Report = Progress | WorkerFailure | WorkerWaiting
 
 
 @dataclass(frozen=True)

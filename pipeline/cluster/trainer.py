@@ -4,6 +4,8 @@ Ray Train starts the worker group, its process group, and both again after a fai
 (checkpoint.py): a restarted group finds the newest one by the run's name.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from tempfile import TemporaryDirectory
@@ -24,7 +26,7 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from pipeline.checkpoint import CheckpointStore
 from pipeline.cluster.controller import Announcer, GiveUpPolicy, hopeless
-from pipeline.cluster.inbox import Inbox, Report, Started, WorkerFailure
+from pipeline.cluster.inbox import Inbox, Report, Started, WorkerFailure, WorkerWaiting
 from pipeline.cluster.shards import RayShards, serving
 from pipeline.config import Config, dump
 from pipeline.data.manifest import Manifest
@@ -34,7 +36,9 @@ from pipeline.negatives.service import negatives_service
 from pipeline.runs import Run
 from pipeline.stages import evaluate_and_export
 from pipeline.train import fit
+from pipeline.waiting import TELL_EVERY_S, told_to
 
+_log = logging.getLogger(__name__)
 _COLLECTIVE_TIMEOUT_S = 120  # Ray's default of 1800 s keeps a group waiting half an hour for a dead rank
 
 
@@ -58,11 +62,17 @@ def pretrain(
     """
     inbox = Inbox()
     run_id = config.run_id(manifest.digest)
+    told_at = 0.0
 
     def forward(report: Any) -> None:
+        nonlocal told_at
         if isinstance(report, Started):
             if on_start is not None:
                 on_start(report)
+        elif isinstance(report, WorkerWaiting):
+            if time.monotonic() - told_at >= TELL_EVERY_S:  # one rank speaks for all that a dead store holds up
+                told_at = time.monotonic()
+                on_report(report)
         else:
             on_report(report)
 
@@ -139,9 +149,15 @@ def _train_worker(job: dict[str, Any]) -> None:
     """One rank: the process group is up, the device is chosen; the rest is ``fit``."""
     config, inbox = Config.model_validate(yaml.safe_load(job["config"])), job["inbox"]
     manifest = Manifest.load(job["manifest_url"])
+    rank = ray.train.get_context().get_world_rank()
+
+    def tell(line: str) -> None:
+        _log.warning(line)
+        inbox.put.remote(WorkerWaiting(rank, line))
+
     try:
         checkpoints = Run(config, manifest.digest).checkpoints
-        with _negatives(config, job["shards"], checkpoints) as serve_negatives:
+        with told_to(tell), _negatives(config, job["shards"], checkpoints) as serve_negatives:
             fit(
                 config,
                 manifest,
@@ -155,7 +171,7 @@ def _train_worker(job: dict[str, Any]) -> None:
         raise  # the group does not restart: the driver tells why
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        ray.get(inbox.put.remote(WorkerFailure(ray.train.get_context().get_world_rank(), reason)))
+        ray.get(inbox.put.remote(WorkerFailure(rank, reason)))
         raise
 
 

@@ -1,41 +1,37 @@
 """Byte ranges of shards: a plain socket for S3, pread for local files, storage.py for everything else.
 
 On S3, s3fs signs the URL and an ``http.client`` connection per thread moves the bytes: 3x less CPU than s3fs's own
-reads. A request that fails or stalls is taken up where it broke off, after a pause of full jitter
-(https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/); only PATIENCE_S without a single
-new byte is an error. What no retry can heal (401, 403, 404, 412) is an error at once.
+reads. A request that fails is taken up where it broke off, after a pause of full jitter
+(https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/). One that is far slower than others
+is raced by a second one on a new connection (a hedged request: Dean & Barroso, The Tail at Scale, 2013,
+https://doi.org/10.1145/2408776.2408794); whichever is first goes on, the other is closed. PATIENCE_S below a rate that
+is worth waiting for is an error. 401 and 403 are signed anew once, by credentials that are read anew. What no retry can
+heal (404, 412, a second 403) is an error at once.
 """
 
 import http.client
 import os
-import random
-import socket
 import ssl
-import struct
-import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from pipeline import storage
+from pipeline.data import patience
+from pipeline.data.hedging import Hedge, Usual
 from pipeline.data.manifest import Manifest
+from pipeline.data.patience import Patience
+from pipeline.data.ranged_get import RETRIED_STATUS, Connections, PassingError, Range, RangedGet, connect, too_short
 from pipeline.storage import DeniedError, MissingError, StorageError
+from pipeline.waiting import Waiting
 
 CHUNK_BYTES = 4 * 2**20  # what SeaweedFS and the mirror keep together; multipart uploads have parts of 5 MiB and more
-PATIENCE_S = 60.0  # an object store may restart meanwhile
-TIMEOUT_S = 5.0  # of a connect and of each wait for bytes
-_PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
-_READ_BYTES = 2**20  # of TLS, in one call; else at a wake-up; what a broken connection loses at most
-_RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-
-
-class ReplacedError(StorageError):
-    """A shard is not the object it was when this process first read it."""
 
 
 class Fetch(Protocol):
@@ -80,7 +76,7 @@ class LocalFetch:
     def fill(self, shard: int, start: int, buffer: memoryview) -> None:
         path = Path(self._manifest.shard_url(shard))
         try:
-            with path.open("rb", buffering=0) as file:
+            with Waiting(lambda: f"{path}, a local file"), path.open("rb", buffering=0) as file:
                 file.seek(start)
                 filled = 0
                 while count := file.readinto(buffer[filled:]):
@@ -90,7 +86,7 @@ class LocalFetch:
         except OSError as error:
             raise StorageError(f"cannot read the shard {path}: {error}") from error
         if filled < len(buffer):
-            raise _too_short(self._manifest, shard, start + filled)
+            raise too_short(str(path), start + filled, int(self._manifest.shards.size[shard]))
 
     refill = fill
 
@@ -104,17 +100,40 @@ class StorageFetch:
         self._manifest = manifest
 
     def fill(self, shard: int, start: int, buffer: memoryview) -> None:
-        patience = _Patience(self._manifest.shard_url(shard))
-        while True:
-            try:
-                buffer[:] = storage.read_range(self._manifest.shard_url(shard), start, start + len(buffer))
-                break
-            except (MissingError, DeniedError, storage.ShortError):
-                raise
-            except StorageError as error:
-                patience.pause(error)
+        """In pieces: what came is kept when a read fails, and a slow store has storage.RANGE_TIMEOUT_S for each."""
+        url = self._manifest.shard_url(shard)
+        with Patience(url, len(buffer)) as progress:
+            for low in range(0, len(buffer), CHUNK_BYTES):
+                piece = buffer[low : low + CHUNK_BYTES]
+                piece[:] = self._read(url, start + low, len(piece), progress)
+                progress.got(len(piece))
 
     refill = fill
+
+    def _read(self, url: str, start: int, count: int, progress: Patience) -> bytes:
+        was_denied = False
+        while True:
+            try:
+                return storage.read_range(url, start, start + count)
+            except (MissingError, storage.ShortError):
+                raise
+            except StorageError as error:
+                status = _status(error)
+                if isinstance(error, DeniedError) or status in (401, 403):
+                    if was_denied:
+                        raise
+                    was_denied = True
+                    storage.forget_credentials()
+                elif status is not None and 400 <= status < 500 and status not in RETRIED_STATUS:
+                    raise
+                else:
+                    progress.pause(error)
+
+
+def _status(error: StorageError) -> int | None:
+    """The HTTP status that a backend's exception carries: aiohttp's, gcsfs's and adlfs's have it, each by its name."""
+    found = (getattr(error.__cause__, name, None) for name in ("status", "code", "status_code"))
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 class HttpFetch:
@@ -127,165 +146,103 @@ class HttpFetch:
         self._manifest = manifest
         self._etags: dict[int, str] = {}  # as first seen by this process
         self._signed: dict[int, tuple[str, float]] = {}  # shard -> URL, when it was signed
-        self._local = threading.local()
+        self._signed_anew_at = 0.0
+        self._connections = Connections()
+        self._usual = Usual()
 
     def fill(self, shard: int, start: int, buffer: memoryview) -> None:
-        patience = _Patience(self._manifest.shard_url(shard))
-        filled = 0
-        while filled < len(buffer):
-            before = filled
-            try:
-                response = self._request(shard, start + filled, start + len(buffer))
-                for count in _receive(response, self._local.connection.sock, buffer[filled:]):
-                    filled += count
-                if filled < len(buffer):
-                    raise ConnectionError(f"the connection ended after {filled} of {len(buffer)} bytes")
-                response.close()  # wholly read: the connection can be used again
-            except ssl.SSLCertVerificationError as error:
-                raise StorageError(
-                    f"{self._manifest.shard_url(shard)}: {error}; AWS_CA_BUNDLE has to name a PEM file with the "
-                    f"endpoint's authority, it is {os.environ.get('AWS_CA_BUNDLE', '')!r}"
-                ) from error
-            except (OSError, http.client.HTTPException) as error:  # OSError: refused, reset, timed out
-                self._drop_connection()
-                if filled > before:
-                    patience.renew()
-                patience.pause(error)
+        filled, was_denied = 0, False
+        with Patience(self._manifest.shard_url(shard), len(buffer)) as progress:
+            while filled < len(buffer):
+                asked_at = time.monotonic()
+                try:
+                    for count in self._stream(shard, start + filled, buffer[filled:], progress):
+                        filled += count
+                        was_denied = was_denied and not count  # signatures expire again and again
+                        progress.got(count)
+                except DeniedError:
+                    if was_denied:
+                        raise
+                    was_denied = True
+                    self._sign_anew(asked_at)
+                except ssl.SSLCertVerificationError as error:
+                    raise StorageError(
+                        f"{self._manifest.shard_url(shard)}: {error}; AWS_CA_BUNDLE has to name a PEM file with the "
+                        f"endpoint's authority, it is {os.environ.get('AWS_CA_BUNDLE', '')!r}"
+                    ) from error
+                except (OSError, http.client.HTTPException) as error:  # OSError: refused, reset, timed out
+                    progress.pause(error, error.retry_after_s if isinstance(error, PassingError) else 0.0)
 
     refill = fill
 
-    def _request(self, shard: int, start: int, end: int) -> http.client.HTTPResponse:
-        """A response whose body is the range. OSError or HTTPException if trying again may help."""
-        url = urllib.parse.urlsplit(self._url(shard))
-        headers = {"Range": f"bytes={start}-{end - 1}"}
-        if shard in self._etags:
-            headers["If-Match"] = self._etags[shard]
-        connection = self._connection(url)
-        connection.request("GET", f"{url.path}?{url.query}", headers=headers)
-        response = connection.getresponse()
-        if response.status == 206:
-            self._check_object(shard, response)
-            if response.length not in (end - start, None):  # None: chunked
-                raise ConnectionError(f"{response.length} bytes instead of the {end - start} asked for")
-            return response
-        reason = f"HTTP {response.status} {response.reason}"
-        detail = response.read(2000).decode(errors="replace")
-        self._drop_connection()
-        where = self._manifest.shard_url(shard)
-        if response.status in _RETRIED_STATUS:
-            raise ConnectionError(reason)
-        if response.status in (401, 403):
-            _, signed_at = self._signed.pop(shard, ("", time.monotonic()))  # another thread may have dropped it
-            if time.monotonic() - signed_at > storage.SIGNATURE_LIFETIME_S / 2:
-                raise ConnectionError(f"{reason}, perhaps because the signature is old")  # the next one is new
-            raise DeniedError(
-                f"{where}: access denied ({reason}); check the credentials and the bucket's policy: {detail}"
-            )
-        if response.status == 404:
-            raise MissingError(f"{where} is missing; the manifest lists it: was it deleted or moved?")
-        if response.status == 412:
-            raise ReplacedError(
-                f"{where} was replaced while it was being read; shards must not change under a run: restore it, or "
-                "make the manifest anew with `python -m jobs.index` and start a new run"
-            )
-        if response.status == 416:
-            raise _too_short(self._manifest, shard, start)
-        raise StorageError(f"{where}: unexpected {reason} to a ranged GET: {detail}")
+    def _stream(self, shard: int, start: int, body: memoryview, progress: Patience) -> Iterator[int]:
+        """Fill ``body``; yields how many bytes came, 0 where none did for a while. Raises as ``RangedGet.open``."""
+        end = start + len(body)
+        get, hedge = self._ask(shard, start, end), Hedge(self._usual)
+        try:
+            ended = False
+            while body and not ended:
+                for count in get.receive(body):
+                    if get.etag:
+                        self._etags.setdefault(shard, get.etag)
+                    body = body[count:]
+                    yield count
+                    if body and hedge.is_due(get, progress):
+                        get = self._race(get, shard, end - len(body), end, progress)
+                        break
+                else:
+                    ended = True
+            if body:
+                raise ConnectionError(f"the connection ended {len(body)} bytes early")
+        except BaseException:
+            get.close()
+            raise
+        self._usual.note(get)
+        get.keep(self._connections)
 
-    def _check_object(self, shard: int, response: http.client.HTTPResponse) -> None:
-        total = (response.getheader("Content-Range") or "").rpartition("/")[2]
-        expected = int(self._manifest.shards.size[shard])
-        if total.isdigit() and int(total) != expected:
-            self._drop_connection()
-            raise _too_short(self._manifest, shard, int(total))
-        etag = response.getheader("ETag")
-        if etag:
-            self._etags.setdefault(shard, etag)
+    def _race(self, get: RangedGet, shard: int, start: int, end: int, progress: Patience) -> RangedGet:
+        """``get`` or a second request for the rest, on a new connection: the first to answer; the other is closed."""
+        progress.failed(TimeoutError(get.describe()))
+        try:
+            second = self._ask(shard, start, end, is_second=True)
+        except (OSError, http.client.HTTPException) as error:
+            progress.failed(error)
+            return get
+        try:
+            ready = wait([second.sock] if get.answered else [get.sock, second.sock], patience.TIMEOUT_S)
+            if ready == [second.sock]:
+                second.open()
+                get.close()
+                return second
+        except (OSError, http.client.HTTPException) as error:
+            progress.failed(error)
+        except BaseException:
+            second.close()
+            raise
+        second.close()
+        return get
+
+    def _ask(self, shard: int, start: int, end: int, is_second: bool = False) -> RangedGet:
+        url = urllib.parse.urlsplit(self._url(shard))
+        name, size = self._manifest.shard_url(shard), int(self._manifest.shards.size[shard])
+        connection = connect(url) if is_second else self._connections.take(url)
+        return RangedGet(url, Range(name, start, end, size, self._etags.get(shard, "")), connection)
 
     def _url(self, shard: int) -> str:
         url, signed_at = self._signed.get(shard, ("", 0.0))
         if not url or time.monotonic() - signed_at > storage.SIGNATURE_LIFETIME_S / 2:
-            url, signed_at = storage.sign(self._manifest.shard_url(shard)), time.monotonic()
+            try:
+                url, signed_at = storage.sign(self._manifest.shard_url(shard)), time.monotonic()
+            except StorageError as error:
+                if not self._etags:  # credentials never worked
+                    raise
+                raise ConnectionError(str(error)) from error
             self._signed[shard] = url, signed_at
         return url
 
-    def _connection(self, url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None or (self._local.scheme, self._local.host) != (url.scheme, url.netloc):
-            if url.scheme == "https":
-                context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
-                connection = http.client.HTTPSConnection(url.netloc, timeout=TIMEOUT_S, context=context)
-            else:
-                connection = http.client.HTTPConnection(url.netloc, timeout=TIMEOUT_S)
-            self._local.connection = connection
-            self._local.scheme, self._local.host = url.scheme, url.netloc
-        return connection
-
-    def _drop_connection(self) -> None:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-
-
-def _receive(response: http.client.HTTPResponse, connection: socket.socket | None, body: memoryview) -> Iterator[int]:
-    """Fill ``body`` with the response's; yields how many bytes came, again and again. TimeoutError where none come.
-
-    From a plain socket the kernel fills it in two calls, and wakes this thread once a MiB: a call for each piece that
-    arrives is 0.1 CPU-s/GB of Python, and a wake-up for each is another 0.18, half of what the sockets cost.
-    """
-    if connection is None or isinstance(connection, ssl.SSLSocket) or response.length is None:
-        while count := response.readinto(body[:_READ_BYTES]):
-            yield count
-            body = body[count:]
-        response.read()  # how chunks end
-        return
-    count = response.fp.readinto1(body)  # came with the headers
-    yield count
-    body = body[count:]
-    connection.settimeout(None)  # to Python it blocks: MSG_WAITALL does nothing otherwise. The kernel's timeout holds
-    connection.setsockopt(
-        socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(TIMEOUT_S), int(TIMEOUT_S % 1 * 1e6))
-    )
-    try:
-        while body:
-            # As much has to be still to come: the kernel waits for it even where the call lacks but one byte.
-            beyond = max(len(body) - _READ_BYTES, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _READ_BYTES if beyond else 1)
-            if not (count := connection.recv_into(body[:beyond] if beyond else body, 0, socket.MSG_WAITALL)):
-                break
-            yield count
-            body = body[count:]
-    except BlockingIOError as error:
-        raise TimeoutError(f"no byte for {TIMEOUT_S:g} s") from error
-    connection.settimeout(TIMEOUT_S)
-
-
-class _Patience:
-    """Pauses between attempts; gives up after PATIENCE_S without progress."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self.renew()
-
-    def renew(self) -> None:
-        """Progress was made."""
-        self._attempts = 0
-        self._deadline = time.monotonic() + PATIENCE_S
-
-    def pause(self, error: Exception) -> None:
-        """Sleep for a random share of a limit that doubles; StorageError when there is no time left."""
-        self._attempts += 1
-        if time.monotonic() >= self._deadline:
-            raise StorageError(
-                f"{self._url}: no byte for {PATIENCE_S:g} s in {self._attempts} attempts, last: "
-                f"{type(error).__name__}: {error}; is the endpoint up and reachable from here?"
-            ) from error
-        time.sleep(random.uniform(0, min(_PAUSE_S * 2**self._attempts, _MAX_PAUSE_S)))
-
-
-def _too_short(manifest: Manifest, shard: int, size: int) -> StorageError:
-    return StorageError(
-        f"{manifest.shard_url(shard)} ends at byte {size}, the manifest says {manifest.shards.size[shard]}: it is "
-        "truncated or another file; copy it again, or make the manifest anew with `python -m jobs.index`"
-    )
+    def _sign_anew(self, refused_at: float) -> None:
+        """Credentials may have been replaced, or their role's session renewed; another thread may know already."""
+        if self._signed_anew_at < refused_at:
+            self._signed_anew_at = time.monotonic()
+            storage.forget_credentials()
+            self._signed.clear()

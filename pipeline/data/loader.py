@@ -45,7 +45,8 @@ from pipeline.data.reader import SampleReader
 from pipeline.data.resize import Pixels, resized_crop
 from pipeline.data.shared import Layout, allocate, attach
 from pipeline.data.views import View
-from pipeline.data.worker import Done, Job, Order
+from pipeline.data.worker import Done, Job, Note, Order
+from pipeline.waiting import Waiting
 
 _SLOTS = 3  # batches in the making or waiting; more would only help where a step's time varies wildly
 _STOP_S = 5
@@ -173,7 +174,8 @@ class _Workers:
         columns_layout: Layout = [(column.shape, column.dtype.str) for column in columns]
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._done: dict[int, int] = {}  # step -> workers that have done it
+        self._undone: dict[int, set[int]] = {}  # step -> the places of the workers that are at it
+        self._notes: dict[int, str] = {}  # by place: what a worker waits for
         self._bad: list[BadSample] = []
         with ExitStack() as stack:
             columns_fd, slots_fd = allocate(columns_layout), allocate(slot * _SLOTS)
@@ -215,7 +217,8 @@ class _Workers:
             )
         self._connections.append(ours)
         self._processes.append(process)
-        ours.send(job)
+        with Waiting(lambda: f"loader worker {process.pid} to start"):
+            ours.send(job)
 
     def __enter__(self) -> "_Workers":
         return self
@@ -236,7 +239,7 @@ class _Workers:
 
     def order(self, step: int, end_step: int) -> None:
         """Have every worker fill its rows of ``step``."""
-        self._done[step] = 0
+        self._undone[step] = set(range(len(self._processes)))
         for process, connection in zip(self._processes, self._connections, strict=True):
             try:
                 connection.send(Order(step, end_step, step % _SLOTS))
@@ -245,22 +248,37 @@ class _Workers:
 
     def wait_for(self, step: int) -> list[BadSample]:
         """Wait until ``step`` is filled; the bad samples met since the last call."""
-        while self._done[step] < len(self._processes):
-            ready = set(wait(self._connections))
-            for process, connection in zip(self._processes, self._connections, strict=True):
-                if connection not in ready:
-                    continue
-                try:
-                    message: Done | Exception = connection.recv()
-                except (EOFError, OSError) as error:
-                    raise self._died(process) from error
-                if isinstance(message, Exception):
-                    raise message
-                self._done[message.step] += 1
-                self._bad += message.bad
-        del self._done[step]
+        with Waiting(lambda: self._describe(step)):
+            while self._undone[step]:
+                ready = set(wait(self._connections))
+                for place, connection in enumerate(self._connections):
+                    if connection in ready:
+                        self._receive(place)
+        del self._undone[step]
         bad, self._bad = self._bad, []
         return bad
+
+    def _receive(self, place: int) -> None:
+        """Take in what the worker at ``place`` says."""
+        try:
+            message: Done | Note | Exception = self._connections[place].recv()
+        except (EOFError, OSError) as error:
+            raise self._died(self._processes[place]) from error
+        if isinstance(message, Exception):
+            raise message
+        if isinstance(message, Note):
+            self._notes[place] = message.line
+            return
+        self._notes.pop(place, None)
+        self._undone[message.step].discard(place)
+        self._bad += message.bad
+
+    def _describe(self, step: int) -> str:
+        """Who is at a step still, and why; called from another thread."""
+        at_it = sorted(self._undone.get(step, ()))
+        pids = ", ".join(str(self._processes[place].pid) for place in at_it)
+        notes = [f" ({self._processes[place].pid}: {self._notes[place]})" for place in at_it if place in self._notes]
+        return f"the batch of step {step} from the loader workers {pids}{''.join(notes[:1])}"
 
     def filled(self, step: int) -> list[NDArray[Any]]:
         """The views and the sample ids of a filled step, until its slot is ordered again."""
@@ -348,7 +366,8 @@ def read_blocks(
 
     def finished() -> tuple[Tensor, Tensor, list[BadSample]]:
         ids, planes, futures = reading.popleft()
-        bad = [sample for future in futures for sample in future.result()]
+        with Waiting(lambda: f"the images {ids[0]} to {ids[-1]} of {split}"):
+            bad = [sample for future in futures for sample in future.result()]
         good = ~np.isin(ids, [sample.sample_id for sample in bad])
         return torch.from_numpy(ids[good]), torch.from_numpy(planes[good]), bad
 

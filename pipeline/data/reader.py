@@ -23,6 +23,7 @@ from pipeline.data.fetch import Fetch
 from pipeline.data.manifest import Manifest, Samples
 from pipeline.data.plan import Plan, Run, ids_of
 from pipeline.storage import StorageError
+from pipeline.waiting import Waiting
 
 BlockKey = tuple[int, int, int]  # epoch, lane, block
 
@@ -187,7 +188,10 @@ class Singles:
     def payload(self, place: int) -> memoryview:
         """As ``Block.payload``. Raises what reading raised."""
         sample_id = self.ids[place]
-        return (self._ahead[sample_id].result() if sample_id in self._ahead else self._read(sample_id)).payload(0)
+        if sample_id not in self._ahead:
+            return self._read(sample_id).payload(0)
+        with Waiting(lambda: f"sample {sample_id} of the first batch"):
+            return self._ahead[sample_id].result().payload(0)
 
     def _read(self, sample_id: int) -> Block:
         return self._reader.read_run(Run(sample_id, 1))
@@ -226,10 +230,11 @@ class LaneReader:
             for lane in [lane for lane, (key, _) in self._current.items() if key[0] != epoch]:
                 self._release(*self._current.pop(lane))  # before the new epoch's blocks ask for theirs
             self._ask(looked_at)
-            for lane, block in zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True):
-                key = epoch, lane, block
-                if lane not in self._current or self._current[lane][0] != key:
-                    self._blocks[lane] = self._move(key)
+            with Waiting(lambda: f"the blocks of step {step}"):
+                for lane, block in zip(self._lanes, self._plan.blocks_at(local)[self._slice].tolist(), strict=True):
+                    key = epoch, lane, block
+                    if lane not in self._current or self._current[lane][0] != key:
+                        self._blocks[lane] = self._move(key)
             self._asked = looked_at
         return self._blocks
 

@@ -11,6 +11,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -20,6 +21,7 @@ from pipeline.data.assemble import Assembler, BadSample, Rows
 from pipeline.data.manifest import Manifest, Samples, Shards
 from pipeline.data.mirror import MirrorConfig
 from pipeline.data.shared import Layout, attach
+from pipeline.waiting import told_to
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Done:
     bad: list[BadSample]
 
 
+@dataclass(frozen=True)
+class Note:
+    """What this worker waits for."""
+
+    line: str
+
+
 def main() -> None:
     """Serve orders until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
@@ -65,17 +74,24 @@ def main() -> None:
         return
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
+    sending = threading.Lock()
+
+    def send(message: Done | Note | Exception) -> None:
+        with sending:  # two threads do
+            connection.send(message)
+
     try:
-        _serve(job, columns_fd, slots_fd, orders, connection)
+        with told_to(lambda line: send(Note(line))):
+            _serve(job, columns_fd, slots_fd, orders, send)
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer raises it
-        connection.send(error)
+        send(error)
         threading.Event().wait()  # until _listen sees the end
 
 
 def _serve(
-    job: Job, columns_fd: int, slots_fd: int, orders: "queue.SimpleQueue[Order]", connection: Connection
+    job: Job, columns_fd: int, slots_fd: int, orders: "queue.SimpleQueue[Order]", send: Callable[[Done], None]
 ) -> None:
     shard, offset, length, crc32, label = attach(columns_fd, job.columns)
     samples = Samples(0, shard, offset, length, crc32, label)
@@ -87,7 +103,7 @@ def _serve(
         order = orders.get()
         *views, ids = slots[order.slot]
         bad = assembler.fill(order.step, order.end_step, [view[mine] for view in views], ids[mine])
-        connection.send(Done(order.step, bad))
+        send(Done(order.step, bad))
 
 
 def _listen(connection: Connection, orders: "queue.SimpleQueue[Order]") -> None:

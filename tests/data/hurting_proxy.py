@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,16 @@ class Status:
     """Answer with this status instead."""
 
     code: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: str = ""
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """Point to the same path below ``to``, e.g. ``http://127.0.0.1:8080``."""
+
+    to: str
+    code: int = 307
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,33 @@ class Trickle:
 
 
 @dataclass(frozen=True)
+class Drip:
+    """Send the body at this many bytes per second, after a share of it at full speed."""
+
+    bytes_per_s: int
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Late:
+    """Answer after this many seconds, or when the proxy is stopped."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rangeless:
+    """Send the whole object, status 200, as a server that knows no ranges."""
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Answer with the range ``by`` bytes further on, as a confused cache."""
+
+    by: int
+
+
+@dataclass(frozen=True)
 class Flip:
     """Flip the lowest bit of the byte at ``offset`` of the object, if the range covers it."""
 
@@ -73,14 +111,35 @@ class Chunked:
     """Send the body in chunks, its length not known before."""
 
 
-Fault = Status | Cut | Fin | Stall | Trickle | Flip | Close | Longer | Chunked
+Fault = (
+    Status
+    | Redirect
+    | Cut
+    | Fin
+    | Stall
+    | Trickle
+    | Drip
+    | Late
+    | Rangeless
+    | Shifted
+    | Flip
+    | Close
+    | Longer
+    | Chunked
+)
 
 
 class HurtingProxy:
-    """Listens on loopback, with ``tls`` on https; ``requests`` counts the GETs of shards."""
+    """Listens on loopback, with ``tls`` on https; ``requests`` counts the GETs of shards, ``asked`` has their headers.
 
-    def __init__(self, backend: str, tls: ssl.SSLContext | None = None) -> None:
+    ``host``: what the server is told it was called, where a redirect leads here and the signature is of another name.
+    """
+
+    def __init__(self, backend: str, tls: ssl.SSLContext | None = None, host: str = "") -> None:
         self.backend = backend.removeprefix("http://")
+        self.host = host
+        self.asked: list[dict[str, str]] = []
+        self.asked_at: list[float] = []
         self._tls = tls
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
@@ -88,6 +147,14 @@ class HurtingProxy:
         self.released = threading.Event()  # ends the stalls
         self.port = 0
         self.up()
+
+    def calm(self) -> None:
+        """Hurt nothing, forget what was asked for."""
+        self.faults.clear()
+        self.always = None
+        self.requests = 0
+        self.asked.clear()
+        self.asked_at.clear()
 
     @property
     def endpoint(self) -> str:
@@ -122,7 +189,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._forward()
+        with suppress(ConnectionError):  # the client has had enough
+            self._forward()
 
     def do_HEAD(self) -> None:
         self._forward()
@@ -132,14 +200,35 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         fault: Fault | None = None
         if self.command == "GET" and ".tar" in self.path:
             proxy.requests += 1
+            proxy.asked.append(dict(self.headers))
+            proxy.asked_at.append(time.monotonic())
             fault = proxy.faults.popleft() if proxy.faults else proxy.always
         if isinstance(fault, Status):
             self.send_response(fault.code)
+            for name, content in fault.headers:
+                self.send_header(name, content)
+            self.send_header("Content-Length", str(len(fault.body)))
+            self.end_headers()
+            self.wfile.write(fault.body.encode())
+            return
+        if isinstance(fault, Redirect):
+            self.send_response(fault.code)
+            self.send_header("Location", fault.to + self.path)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if isinstance(fault, Late):
+            proxy.released.wait(fault.seconds)
+        headers = dict(self.headers)
+        if proxy.host:
+            headers["Host"] = proxy.host
+        if isinstance(fault, Rangeless):
+            del headers["Range"]
+        if isinstance(fault, Shifted):
+            first, last = (int(end) + fault.by for end in headers["Range"].removeprefix("bytes=").split("-"))
+            headers["Range"] = f"bytes={first}-{last}"
         backend = http.client.HTTPConnection(proxy.backend, timeout=20)
-        backend.request(self.command, self.path, headers=dict(self.headers))
+        backend.request(self.command, self.path, headers=headers)
         response = backend.getresponse()
         body = response.read()
         backend.close()
@@ -174,8 +263,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for start in range(0, len(body), fault.size):
                 self.wfile.write(body[start : start + fault.size])
                 time.sleep(0.001)
+        elif isinstance(fault, Drip):
+            self._drip(body, fault)
         elif self.command != "HEAD":
             self.wfile.write(body)
+
+    def _drip(self, body: bytes, fault: Drip) -> None:
+        """In twenty pieces a second."""
+        sent = int(len(body) * fault.share)
+        piece = max(fault.bytes_per_s // 20, 1)
+        self.wfile.write(body[:sent])
+        while sent < len(body) and not self.owner.released.wait(0.05):
+            self.wfile.write(body[sent : sent + piece])
+            sent += piece
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

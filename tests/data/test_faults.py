@@ -20,8 +20,9 @@ from cryptography.x509.oid import NameOID
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.data import fetch
+from pipeline.data import patience, ranged_get
 from pipeline.data import reader as reader_module
+from pipeline.data.fetch import HttpFetch, read_range
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.reader import REQUEST_BYTES, IntegrityError
@@ -46,9 +47,9 @@ def proxy(s3: S3, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Between this process and the server from now on; the shards were written without it."""
     proxy = HurtingProxy(s3.server.endpoint)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setattr(fetch, "TIMEOUT_S", 1.0)
-    monkeypatch.setattr(fetch, "PATIENCE_S", 4.0)
-    monkeypatch.setattr(fetch, "_READ_BYTES", 2**12)  # bodies are longer here too
+    monkeypatch.setattr(patience, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 4.0)
+    monkeypatch.setattr(ranged_get, "READ_BYTES", 2**12)  # bodies are longer here too
     yield proxy
     proxy.stop()
 
@@ -126,11 +127,11 @@ def test_a_slow_body_is_there_when_its_last_byte_is(
     size: int, manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the kernel has of it when it is asked: nobody waits for more bytes than there will be."""
-    monkeypatch.setattr(fetch, "TIMEOUT_S", 40.0)
+    monkeypatch.setattr(patience, "TIMEOUT_S", 40.0)
     proxy.always = Trickle(size)
     started = time.monotonic()
     assert all(map(torch.equal, epoch(manifest), undisturbed))
-    assert time.monotonic() - started < fetch.TIMEOUT_S
+    assert time.monotonic() - started < patience.TIMEOUT_S
 
 
 def test_faults_behind_tls_heal_alike(
@@ -142,7 +143,7 @@ def test_faults_behind_tls_heal_alike(
     tls.load_cert_chain(certificate)
     proxy = HurtingProxy(s3.server.endpoint, tls)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setattr(fetch, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(patience, "TIMEOUT_S", 1.0)
     started = time.monotonic()
     with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
         epoch(manifest)
@@ -181,7 +182,8 @@ def test_progress_renews_the_patience(
     manifest: Manifest, undisturbed: list[Tensor], proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """30 ends in a row, each after some bytes: more than PATIENCE_S in all, never that long without a byte."""
-    monkeypatch.setattr(fetch, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(patience, "MIN_BYTES_PER_S", 1)
     proxy.faults.extend([Fin(0.2)] * 30)
     assert all(map(torch.equal, epoch(manifest), undisturbed))
     assert not proxy.faults
@@ -193,7 +195,7 @@ def test_progress_renews_the_patience(
         (401, DeniedError, "access denied"),
         (403, DeniedError, "check the credentials"),
         (404, MissingError, "the manifest lists it"),
-        (412, fetch.ReplacedError, "was replaced"),
+        (412, ranged_get.ReplacedError, "was replaced"),
         (418, StorageError, "unexpected HTTP 418"),
     ],
 )
@@ -234,13 +236,13 @@ def test_a_truncated_shard_is_an_error_before_and_in_the_run(s3: S3, manifest: M
 
 def test_an_object_replaced_under_the_run_is_an_error(s3: S3, manifest: Manifest) -> None:
     """Same size, other content, while a range is being read and taken up again."""
-    reader = fetch.HttpFetch(manifest)
-    fetch.read_range(reader, 0, 0, 1000)
+    reader = HttpFetch(manifest)
+    read_range(reader, 0, 0, 1000)
     data = bytearray(storage.read_bytes(manifest.shard_url(0)))
     data[100] ^= 1
     storage.write_bytes(manifest.shard_url(0), bytes(data))
-    with pytest.raises(fetch.ReplacedError, match=r"train-000000\.tar was replaced"):
-        fetch.read_range(reader, 0, 1000, 2000)
+    with pytest.raises(ranged_get.ReplacedError, match=r"train-000000\.tar was replaced"):
+        read_range(reader, 0, 1000, 2000)
 
 
 def test_a_missing_shard_is_named_before_the_run(manifest: Manifest) -> None:
