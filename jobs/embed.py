@@ -6,7 +6,6 @@ The alias is resolved once, here; every row names the version. Running the same 
 """
 
 import argparse
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +18,7 @@ from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError, explained
 from pipeline.export import check_golden
+from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
 
 
@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the folder for the Parquet files, any fsspec URL")
     parser.add_argument(
         "--tracking-uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///.parallax/mlflow.db",
         help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
     )
     parser.add_argument("--split", action="append", help="one of the manifest's splits; repeatable (default: all)")
@@ -57,7 +56,9 @@ def embed(arguments: argparse.Namespace) -> None:
     )
 
     with TemporaryDirectory(prefix="parallax-pull-") as folder:
-        pulled = pull(arguments.model, arguments.tracking_uri, Path(folder) / "entry")
+        registry = choose_to_read(arguments.tracking_uri)
+        print(f"registry {registry.uri} (from {registry.source})")
+        pulled = pull(arguments.model, registry.uri, Path(folder) / "entry")
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
 
         from pipeline.cluster.connection import connected  # Ray takes 3 s to import; a mistake should not cost them

@@ -9,6 +9,7 @@ touched it; the loader's workers are fresh interpreters for that reason.
 """
 
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -63,6 +64,12 @@ def resolve(url: str) -> str:
 def join(url: str, *parts: str) -> str:
     """``url`` and ``parts`` with one slash between them."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def folder_name(text: str) -> str:
+    """``text`` as the name of one folder, on any disk and in any URL; texts that differ have names that differ."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).lstrip(".-")[:80]
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
 
 
 def exists(url: str) -> bool:

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.export import ExportError, check_bundle
-from pipeline.registry.tracking import RegistryError, connect, server_errors
+from pipeline.registry.address import RegistryError
+from pipeline.registry.tracking import connect, server_errors
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))")
 
