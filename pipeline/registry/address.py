@@ -86,7 +86,9 @@ def sqlite_path(uri: str) -> Path | None:
     if not uri.startswith(_SQLITE) or text in ("", ":memory:"):
         return None
     if options:
-        raise RegistryError(f"{uri!r} has options after a '?'; leave them out, and write '?' in a path as %3F, '%' as %25")
+        raise RegistryError(
+            f"{uri!r} has options after a '?'; leave them out, and write '?' in a path as %3F, '%' as %25"
+        )
     home, _, below = text.partition("/")
     try:
         path = Path(home).expanduser() / unquote(below) if home.startswith("~") else Path(unquote(text))

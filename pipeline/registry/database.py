@@ -21,7 +21,18 @@ from sqlalchemy import make_url
 
 from pipeline.registry.address import RegistryError, sqlite_uri
 
+_BUSY_S = 20  # as MLflow waits for a lock
 _PATIENCE_S = 120  # for another process to make the database, which takes 2 to 10 s
+
+# What to do about what sqlite says.
+_ADVICE = {
+    "database is locked": "another process has been writing to it for 20 s, or its disk cannot lock files (NFS): end "
+    "that process, or use a file on a local disk or a server",
+    "disk is full": "free some space",
+    "No space left": "free some space",
+    "disk I/O error": "its disk fails or is full",
+    "readonly database": "the file or its folder cannot be written; mend their permissions",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +65,11 @@ def check_writable(path: Path) -> None:
     """RegistryError where the database is there and cannot be written."""
     if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         raise RegistryError(f"cannot write {path}, or its folder, which sqlite needs; name a file in a folder of yours")
+
+
+def advice(error: BaseException) -> str:
+    """What to do about an error of sqlite's, however it is wrapped; "" if that is not known."""
+    return next((remedy for words, remedy in _ADVICE.items() if words in str(error)), "")
 
 
 def _is_there(path: Path) -> bool:
@@ -104,12 +120,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _check(path: Path) -> None:
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             kept = tables & {"runs", "registered_models"}
             is_used = any(connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in kept)
     except sqlite3.Error as error:
-        raise RegistryError(f"{path} cannot be read as a sqlite database: {error}; name another file") from error
+        raise RegistryError(
+            f"{path} cannot be read as a sqlite database: {error}; {advice(error) or 'name another file'}"
+        ) from error
     half_made = any(table.startswith("_alembic_tmp_") for table in tables)
     if not half_made and tables >= set(Base.metadata.tables):
         return

@@ -43,15 +43,6 @@ _logger = logging.getLogger(__name__)
 
 # What MLflow raises, and lets through from its database, its artifacts' disk or bucket, and requests (an OSError).
 _FAILURES = (MlflowException, SQLAlchemyError, CommandError, OSError, BotoCoreError, ClientError)
-_ADVICE = {
-    "database is locked": "another process has been writing to it for 20 s, or its disk cannot lock files (NFS): end "
-    "that process, or use a file on a local disk or a server",
-    "disk is full": "free some space",
-    "No space left": "free some space",
-    "disk I/O error": "its disk fails or is full",
-    "readonly database": "the file or its folder cannot be written; mend their permissions",
-    "out-of-date database schema": "another version of MLflow made it: copy it, then run `mlflow db upgrade <URI>`",
-}
 
 
 def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
@@ -82,7 +73,8 @@ def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-    return MlflowClient(uri, uri)
+    with server_errors(uri):
+        return MlflowClient(uri, uri)
 
 
 @contextmanager
@@ -154,9 +146,9 @@ def server_errors(tracking_uri: str) -> Iterator[None]:
         yield
     except _FAILURES as error:
         kind = "database" if tracking_uri.startswith("sqlite:") else "server"
-        advice = next((f"; {advice}" for marker, advice in _ADVICE.items() if marker in str(error)), "")
+        advice = database.advice(error)
         raise RegistryError(
-            f"the MLflow {kind} at {tracking_uri} did not do its part: {_reason(error)}{advice}"
+            f"the MLflow {kind} at {tracking_uri} did not do its part: {_reason(error)}{advice and f'; {advice}'}"
         ) from error
 
 
@@ -306,4 +298,5 @@ def _reason(error: BaseException) -> str:
     for marker in ("Connection refused", "Name or service not known", "timed out", "Max retries exceeded"):
         if marker in text:
             return marker.lower()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    lines = [line for line in text.splitlines() if not line.startswith("(raised as a result of")]
+    return lines[0][:200] if lines else type(error).__name__
