@@ -69,7 +69,8 @@ def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
             raise RegistryError(
                 f"tracking URI {tracking_uri}: there is no file {path}; name the one that runs were tracked in"
             )
-        database.prepare(path)
+        with server_errors(uri):
+            database.prepare(path)
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
@@ -79,7 +80,7 @@ def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
 
 @contextmanager
 def _unchanged_environment(*names: str) -> Iterator[None]:
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield
     finally:
@@ -98,7 +99,8 @@ def probe(tracking_uri: str, experiment: str, *, rehearse: bool = False) -> None
     elif path.exists():
         database.check_writable(path)
     elif rehearse:
-        database.rehearse(path)
+        with server_errors(uri):
+            database.rehearse(path)
         return
     client = connect(uri)
     with server_errors(uri):

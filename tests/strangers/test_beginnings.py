@@ -1,6 +1,7 @@
 """First runs that start together, are killed, or find what cannot work: one message, and the next attempt succeeds."""
 
 import os
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -154,6 +155,18 @@ def test_what_goes_wrong_below_mlflow_is_one_message(used: Path, tmp_path: Path)
         connection.execute("DROP TABLE metrics")
     with pytest.raises(RegistryError, match="no such table: metrics"):
         tracker.log_final({"loss": 1.0})
+
+
+def test_a_disk_that_fills_while_the_database_is_made_is_one_message(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        for rehearse in (True, False):
+            with pytest.raises(RegistryError, match=r"did not do its part: .*(full|I/O).*; .*(space|disk)"):
+                probe(sqlite_uri(tmp_path / "mlflow.db"), "parallax", rehearse=rehearse)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_errors_of_our_own_pass_unchanged() -> None:

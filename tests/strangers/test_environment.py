@@ -1,4 +1,4 @@
-"""Where runs are tracked: each job asks the option, then MLFLOW_TRACKING_URI, then the default; it says which it took."""
+"""Where runs are tracked: by the option, else MLFLOW_TRACKING_URI, else the default, in every job, which says it."""
 
 import os
 from pathlib import Path
