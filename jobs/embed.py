@@ -7,7 +7,6 @@ the folder says which files of which registry's encoder, and which shards, its e
 """
 
 import argparse
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +20,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embeddings import Origin, claim, held
 from pipeline.errors import UserError, explained
 from pipeline.export import check_golden
+from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
 
 
@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the folder for the Parquet files, any fsspec URL")
     parser.add_argument(
         "--tracking-uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///.parallax/mlflow.db",
         help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
     )
     parser.add_argument("--split", action="append", help="one of the manifest's splits; repeatable (default: all)")
@@ -59,7 +58,9 @@ def embed(arguments: argparse.Namespace) -> None:
     )
 
     with TemporaryDirectory(prefix="parallax-pull-") as folder:
-        pulled = pull(arguments.model, arguments.tracking_uri, Path(folder) / "entry")
+        registry = choose_to_read(arguments.tracking_uri)
+        print(f"registry {registry.uri} (from {registry.source})")
+        pulled = pull(arguments.model, registry.uri, Path(folder) / "entry")
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
 
         origin = Origin(

@@ -36,7 +36,7 @@ def main() -> None:
         config = load_config(arguments.config, arguments.overrides)
         check_method(config)
         probe_writable(config.storage.url)
-        probe(config.tracking_uri)
+        probe(config.tracking_uri, config.tracking.experiment, rehearse=arguments.dry_run)
         manifest = prepare_data(config)
         run = Run(config, manifest.digest)
         if arguments.dry_run:
@@ -81,7 +81,8 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
     done = run.checkpoints.latest_step()
     print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
     print(
-        f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers",
+        f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers\n"
+        f"  tracking  {config.tracking_uri} (from {config.tracking_source})",
         flush=True,
     )
     display = ProgressDisplay(config.train.global_batch_size)
@@ -118,7 +119,7 @@ dry run of {run.id}: everything is in place, nothing was trained
 = {cluster.num_workers} workers x {batch // cluster.num_workers}
   one batch {tried.rows} images: loaded in {tried.load_s:.2f} s, loss {tried.loss:.4f}, step {tried.step_s:.2f} s
   storage   {run.url}
-  tracking  {config.tracking_uri}
+  tracking  {config.tracking_uri} (from {config.tracking_source})
   registry  {config.registry.model_name}@{config.registry.alias}
   state     {f"would resume after step {step}" if (step := run.checkpoints.latest_step()) else "would start"}""")
 

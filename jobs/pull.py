@@ -7,12 +7,12 @@ arithmetic, and the golden embedding comes out.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from pipeline.archive import load_archive
 from pipeline.errors import explained
 from pipeline.export import check_golden
+from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
 
 
@@ -23,12 +23,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument(
         "--tracking-uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///.parallax/mlflow.db",
         help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
     )
     arguments = parser.parse_args()
     with explained():
-        pulled = pull(arguments.model, arguments.tracking_uri, arguments.out)
+        registry = choose_to_read(arguments.tracking_uri)
+        print(f"registry {registry.uri} (from {registry.source})")
+        pulled = pull(arguments.model, registry.uri, arguments.out)
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
     print(f"""\
 {pulled.name} version {pulled.version} is in {pulled.folder}, its golden embedding reproduced

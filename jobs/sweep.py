@@ -45,7 +45,7 @@ def main() -> None:
         sweep = load_sweep(arguments.sweep, arguments.overrides)
         base = sweep.base
         probe_writable(base.storage.url)
-        probe(base.tracking_uri)
+        probe(base.tracking_uri, base.tracking.experiment, rehearse=arguments.dry_run)
         manifest = prepare_data(base)
         sweep = sweep.for_data(manifest)
         sweep_id = sweep.config.sweep_id(base, manifest.digest)
@@ -74,7 +74,8 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
         tracker.log_config(sweep.flat())
         tracker.log_dataset(manifest.url, manifest.digest)
         results = results or sweep.no_results(sweep_id)
-        print(f"sweep {sweep_id}: " + ("going on" if results.runs else "starting"), flush=True)
+        print(f"sweep {sweep_id}: " + ("going on" if results.runs else "starting"))
+        print(f"  tracking  {base.tracking_uri} (from {base.tracking_source})", flush=True)
         display = SweepDisplay()
         runs = SweepTracker(tracker, sweep_id, sweep.config_of, manifest)
 
@@ -159,6 +160,7 @@ def print_plan(sweep: Sweep, sweep_id: str) -> None:
     """What the sweep would run."""
     config = sweep.config
     print(f"dry run of {sweep_id}: everything is in place, nothing was trained")
+    print(f"  tracking {sweep.base.tracking_uri} (from {sweep.base.tracking_source})")
     print(f"  searcher {config.searcher}, scheduler {config.scheduler.name}, {config.seeds} seeds, ", end="")
     print(f"{sweep.base.train.epochs} epochs of {sweep.steps_per_epoch(sweep.base)} steps")
     if config.searcher == "tpe":

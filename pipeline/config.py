@@ -3,6 +3,7 @@
 An override can also be a YAML file: any of configs/pretrain with any of configs/models is a run.
 Each module declares the part it reads (``View``, ``BackboneConfig``, ``OptimConfig`` ...); this one
 composes them. Dotted keys are the one currency of the command line, the sweep's search space and the MLflow parameters.
+Where the config has a text the value of an override is the text as it was typed; elsewhere it is YAML without comments.
 Every config is frozen; derive one with ``override(config, ["method.temperature=0.1"])``.
 """
 
@@ -11,9 +12,11 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -33,10 +36,11 @@ from pipeline.data.mirror import MirrorConfig
 from pipeline.data.sources import SourceError, check_hold_out
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateConfig
-from pipeline.methods.base import MethodConfig, method_class
+from pipeline.methods.base import MethodConfig, method_class, method_names
 from pipeline.models.backbone import BackboneConfig
 from pipeline.negatives.config import NegativesConfig
 from pipeline.optim import OptimConfig
+from pipeline.registry.address import RegistryError, choose, default_uri, normalized, source_of
 from pipeline.section import Section
 
 
@@ -139,10 +143,19 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
-    """The MLflow server. "" = sqlite:///<./.parallax or the storage folder>/mlflow.db."""
+    """The MLflow server, or a sqlite file in whose URI %XX is an escape. "" = MLFLOW_TRACKING_URI, and without that
+    sqlite:///<./.parallax or the storage folder>/mlflow.db."""
 
     uri: str = ""
-    experiment: str = "parallax"
+    experiment: str = Field(default="parallax", min_length=1, max_length=500)
+
+    @field_validator("uri")
+    @classmethod
+    def _names_a_place(cls, uri: str) -> str:
+        try:
+            return normalized(uri) if uri else ""
+        except RegistryError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("uri")
     @classmethod
@@ -158,13 +171,25 @@ class TrackingConfig(Section):
 class RegistryConfig(Section):
     """Under which name the encoder is registered, and which alias then points at it."""
 
-    model_name: str = Field(default="parallax-encoder", pattern=r"^[A-Za-z0-9_.-]+$")
-    alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9_-]+$")
+    model_name: str = Field(default="parallax-encoder", max_length=200)
+    alias: str = Field(default="champion", max_length=200)
+
+    @field_validator("model_name")
+    @classmethod
+    def _is_a_name_everywhere(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(
+                "a model's name stands in models:/<name>@<alias> and in paths, so it has letters, digits, '_', '.' and "
+                "'-' and begins with none of the last two; e.g. parallax-encoder"
+            )
+        return name
 
     @field_validator("alias")
     @classmethod
     def _not_reserved(cls, alias: str) -> str:
-        if alias == "latest" or re.fullmatch(r"v\d+", alias):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", alias):
+            raise ValueError("an alias has letters, digits, '_' and '-'; e.g. champion")
+        if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
             raise ValueError(f"MLflow reserves the alias {alias!r}; use a word such as 'champion' or 'candidate'")
         return alias
 
@@ -284,16 +309,18 @@ class Config(Section):
     def shards_url(self) -> str:
         """Where the shards are, or will be written."""
         held_out = "".join(f"-{split}-{share:g}" for split, share in sorted(self.data.hold_out.items()))
-        folder = f"{self.data.source or self.name}{held_out}"
+        folder = f"{storage.folder_name(self.data.source or self.name)}{held_out}"
         return self.data.shards or storage.join(self.storage.url, "shards", folder)
 
     @property
     def tracking_uri(self) -> str:
-        """The MLflow URI, never empty."""
-        if self.tracking.uri:
-            return self.tracking.uri
-        folder = storage.resolve(".parallax") if storage.is_remote(self.storage.url) else self.storage.url
-        return f"sqlite:///{folder}/mlflow.db"
+        """The MLflow URI, never empty. ``load_config`` has fixed it, so that no worker looks at its own environment."""
+        return self.tracking.uri or default_uri(self.storage.url)
+
+    @property
+    def tracking_source(self) -> str:
+        """What ``load_config`` took the MLflow URI from: tracking.uri, MLFLOW_TRACKING_URI or the default."""
+        return source_of(self.tracking_uri, "tracking.uri", default_uri(self.storage.url))
 
     def run_id(self, manifest_digest: str) -> str:
         """The run's name: ``<name>-<hash>`` of what determines the weights, so submitting it again resumes it.
@@ -331,7 +358,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     overrides = overrides or []
     origin = " + ".join([str(path), *(item for item in overrides if _is_file(item))])
-    return _validated(_apply(read_mapping(path), overrides), origin)
+    config = _validated(_apply(read_mapping(path), overrides), origin)
+    address = choose(config.tracking.uri, "tracking.uri", default_uri(config.storage.url))
+    values = config.model_dump(mode="json")
+    return _validated({**values, "tracking": {**values["tracking"], "uri": address.uri}}, address.source)
 
 
 def override(config: Config, overrides: list[str]) -> Config:
@@ -363,8 +393,17 @@ def read_mapping(path: str | Path, shipped_in: str = "configs", example: str = "
     return values
 
 
+# What only YAML 1.1 reads into a text: octal 010, base 60 as in 1:30, dates.
+_OLD_SCALAR = re.compile(r"[-+]?0[0-7_]+|[-+]?[0-9_]+(:[0-9]+)+(\.[0-9_]*)?|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*")
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping holds twice: the last one would win without a word."""
+    """Refuses a key that a mapping holds twice: the last one would win without a word. 010 is ten, not eight."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and _OLD_SCALAR.fullmatch(value):
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -379,12 +418,75 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(text: str | bytes) -> Any:
     """What YAML holds; yaml.YAMLError also where a key is there twice, or an alias stands for what it is part of."""
-    values = yaml.load(text, _Loader)
+    try:
+        values = yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # of int() beyond 4,300 digits, of brackets in brackets
+        raise yaml.YAMLError(f"it is too long or too deep to read: {error}") from error
     try:
         json.dumps(values, default=str, skipkeys=True)
     except ValueError as error:
         raise yaml.YAMLError("an alias (*name) stands for what it is part of, without an end; write values") from error
     return values
+
+
+def parse_argument(text: str, kind: Any) -> Any:
+    """What ``text`` means after ``key=`` for a key of this type: itself where the key is a text, or what stands between
+    its quotes; else YAML, in which a comment is a yaml.YAMLError: a command line has none."""
+    if not _is_text(kind):
+        return _without_comments(text)
+    if NoneType in _members(kind) and text in ("", "null", "~"):
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        try:
+            quoted = _without_comments(text)
+        except yaml.YAMLError:
+            return text
+        return quoted if isinstance(quoted, str) else text
+    return text
+
+
+def _without_comments(text: str) -> Any:
+    end = 0
+    for token in yaml.scan(text, _Loader):
+        if text[end : token.start_mark.index].strip():
+            raise yaml.YAMLError("'#' after a space begins a comment; put it between quotes")
+        end = token.end_mark.index
+    return load_yaml(text)
+
+
+def key_type(section: Any, path: Sequence[str], values: Mapping[str, Any]) -> Any:
+    """The type of the key at ``path`` below ``section``; None if there is no such key. ``values`` names the method."""
+    for part in path:
+        section = next((found for member in _members(section) if (found := _child(member, part))), None)
+        if section is MethodConfig:
+            section = _method_config(values)
+    return section
+
+
+def _child(section: Any, part: str) -> Any:
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return section.model_fields[part].annotation if part in section.model_fields else None
+    if get_origin(section) is dict:
+        return get_args(section)[1]
+    return get_args(section)[0] if get_origin(section) in (list, tuple) else None
+
+
+def _method_config(values: Mapping[str, Any]) -> type[MethodConfig]:
+    method = values.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    return method_class(name).Config if name in method_names() else MethodConfig
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Those of a union; of another type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether values of this type are texts, or None."""
+    members = [member for member in _members(kind) if member is not NoneType]
+    words = [word for member in members for word in (get_args(member) if get_origin(member) is Literal else [member])]
+    return all(word is str or isinstance(word, str) for word in words)
 
 
 def _merge(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -412,7 +514,7 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             node = _step_into(node, part, key)
         last = parts[-1]
         try:
-            value = load_yaml(text)
+            value = parse_argument(text, key_type(Config, parts, values))
         except yaml.YAMLError as error:
             raise ConfigError(f"override {item!r}: {text!r} is not a YAML value: {error}") from error
         if isinstance(node, list):
@@ -487,16 +589,8 @@ def _explain(error: ValidationError, values: dict[str, Any], origin: str) -> str
 
 
 def _keys_at(path: list[str], values: dict[str, Any]) -> list[str]:
-    model: Any = Config
-    for depth, part in enumerate(path):
-        if part.isdecimal():  # an index into a list: its element type was reached with the list's name
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-        if depth == 0 and part == "method":
-            model = method_class(values["method"]["name"]).Config
-    return list(model.model_fields)
+    kinds = _members(key_type(Config, path, values))
+    return list(next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)).model_fields)
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -1,22 +1,28 @@
 """Files and objects by URL: the only user of fsspec and s3fs.
 
-A URL is a local path, ``file://...`` or anything fsspec knows (``s3://bucket/key``). Credentials and
-endpoints come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...). Every call
-is bounded: an unreachable endpoint is a StorageError within about 15 s, not a hang. s3fs is not fork-safe,
-so a process that forks must not have touched it; the loader's workers are fresh interpreters for that reason.
+A URL is a local path, ``file:///...`` or anything fsspec knows (``s3://bucket/key``). Every character of a path or key
+stands for itself: none is a pattern, a query or an escape, but for %XX in ``file:///...``, which is a URI. Credentials
+and endpoints come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...; with
+FSSPEC_S3_ANON=true requests are not signed, as a public bucket takes them). Every call is bounded: an unreachable
+endpoint is a StorageError within about 15 s, not a hang. s3fs is not fork-safe, so a process that forks must not have
+touched it; the loader's workers are fresh interpreters for that reason.
 """
 
 import functools
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipeline.errors import UserError
 
@@ -26,6 +32,8 @@ _PART = ".part"  # ends the names of files that are being written
 S3_ATTEMPTS = 3  # s3fs's own retries, 0.1 and 0.17 s apart; botocore's are off, they would multiply
 SIGNATURE_LIFETIME_S = 3600
 RANGE_TIMEOUT_S = 300.0  # of one ``read_range``; READ_TIMEOUT_S alone would let a byte now and then renew it
+MIN_FREE_BYTES = 2**30  # on a local disk: three checkpoints of a ResNet-50 with its momentum encoder are 0.9 GB
+_DELETES = 16  # at a time
 
 
 class StorageError(UserError):
@@ -59,13 +67,25 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def folder_name(text: str) -> str:
+    """``text`` as the name of one folder, on any disk and in any URL; texts that differ have names that differ."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).lstrip(".-")[:80]
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
+
+
 def exists(url: str) -> bool:
     """Whether a file, an object or a folder lies at ``url``."""
     with _explained("look at", url):
         if not is_remote(url):
             return _local(url).exists()
         fs, path = _remote(url)
-        return bool(fs.exists(path))
+        try:
+            fs.info(path)  # fs.exists would also be False where the endpoint does not answer
+        except FileNotFoundError as error:
+            if _lacks_bucket(error):
+                raise
+            return False
+        return True
 
 
 def read_bytes(url: str) -> bytes:
@@ -164,7 +184,7 @@ def list_files(folder_url: str) -> dict[str, Listed]:
         if is_remote(folder_url):
             fs, root = _remote(folder_url)
             found = fs.find(root, detail=True)
-            return {path[len(root) :].lstrip("/"): _of_object(info) for path, info in found.items() if path != root}
+            return {_below(root, path): _of_object(info) for path, info in found.items() if _is_file(root, path)}
         return dict(_listed(str(_local(folder_url)), "", ()))
 
 
@@ -208,12 +228,15 @@ def look_at(url: str) -> Listed:
 
 
 def delete(url: str) -> None:
-    """Remove a file, an object or a folder with all it holds; what is not there is not an error."""
+    """Remove a file, an object or a folder with all it holds; what is not there is not an error. A remote file system
+    that has folders keeps them, empty."""
     with _explained("delete", url):
         if is_remote(url):
             fs, path = _remote(url)
-            if fs.exists(path):
-                fs.rm(path, recursive=True)
+            # Name by name: fs.rm takes the path as a pattern, and passes over what S3 refuses to delete.
+            found = {*fs.find(path), *([path] if _is_object(fs, path) else [])}
+            with ThreadPoolExecutor(_DELETES) as pool:
+                list(pool.map(fs.rm_file, found))
             return
         local = _local(url)
         if local.is_dir():
@@ -223,12 +246,18 @@ def delete(url: str) -> None:
 
 
 def probe_writable(url: str) -> None:
-    """Write, read back and delete a small object below ``url``; StorageError says what to fix."""
+    """Write, read back and delete a small object below ``url``; StorageError says what to fix, also where a local disk
+    has less than MIN_FREE_BYTES left."""
     probe = join(url, f".probe-{uuid.uuid4().hex[:12]}")
     write_bytes(probe, b"parallax")
     if read_bytes(probe) != b"parallax":
         raise StorageError(f"{url}: what was written is not what is read back; is a cache in between?")
     delete(probe)
+    if not is_remote(url) and (free := shutil.disk_usage(_local(url)).free) < MIN_FREE_BYTES:
+        raise StorageError(
+            f"{url} has {free / 2**20:,.0f} MiB left on its disk, and checkpoints or embeddings need at least "
+            f"{MIN_FREE_BYTES / 2**20:,.0f} MiB; delete what is not needed, or name a folder on another disk"
+        )
 
 
 def sign(url: str) -> str:
@@ -241,6 +270,29 @@ def sign(url: str) -> str:
 def forget_credentials() -> None:
     """The next call reads them anew, from wherever they come: a file may have been replaced meanwhile."""
     _filesystem.cache_clear()
+
+
+def _is_object(fs: Any, path: str) -> bool:
+    """Whether an object has this very name; on S3 there may be a folder of the same name besides."""
+    try:
+        return bool(fs.info(path)["type"] == "file")
+    except FileNotFoundError as error:
+        if _lacks_bucket(error):
+            raise
+        return False
+
+
+def _is_file(root: str, path: str) -> bool:
+    """Neither the folder that was listed nor an empty object in the place of a folder, as the S3 console makes them."""
+    return path != root and not path.endswith("/")
+
+
+def _below(root: str, path: str) -> str:
+    """The name of a listed object, relative to the folder ``root``."""
+    name = path[len(root) + 1 :]
+    if problem := _unusable(name):
+        raise StorageError(f"{path} {problem}; copy that object to another key and delete it")
+    return name
 
 
 def _of_file(stat: os.stat_result) -> Listed:
@@ -262,7 +314,14 @@ def _patience_s(size: int) -> float:
 
 
 def _local(url: str) -> Path:
-    return Path(url.removeprefix("file://")).expanduser().absolute()
+    if url.startswith("file://"):
+        path = unquote(url.removeprefix("file://").removeprefix("localhost"))
+        if not path.startswith("/"):
+            raise StorageError(f"{url} names a file of another host; a local file has three slashes, file:///folder/x")
+        return Path(path)
+    if scheme := re.match(r"([a-z][a-z0-9+]*):/", url):
+        raise StorageError(f"{url} is neither a path nor a URL: one slash is missing after {scheme[1]}:/")
+    return Path(url).expanduser().absolute()
 
 
 @contextmanager
@@ -294,10 +353,24 @@ def _link(part: Path, target: Path) -> None:
 
 
 def _remote(url: str) -> tuple[Any, str]:
-    scheme = url.partition("://")[0]
+    scheme, _, path = url.partition("://")
+    if scheme in ("s3", "s3a") and path[:1] in ("", "/"):
+        raise StorageError(f"{url} names no bucket; e.g. s3://bucket/folder")
+    if problem := _unusable(path.strip("/")):
+        raise StorageError(f"{url} {problem}; use another name")
     environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
     fs = _filesystem(scheme, os.getpid(), environment)
     return fs, str(fs._strip_protocol(url)).rstrip("/")
+
+
+def _unusable(path: str) -> str:
+    """Why a remote path cannot be used; "" if it can."""
+    if "?versionId=" in path:
+        return "contains '?versionId=', where s3fs cuts a key off"
+    if empty := set(path.split("/")) & {"", ".", ".."}:
+        kinds = {"": "an empty name between two slashes", ".": "the name '.'", "..": "the name '..'"}
+        return f"has {kinds[min(empty)]}, which S3 keeps as it is and other servers and clients resolve"
+    return ""
 
 
 @functools.lru_cache
@@ -333,6 +406,31 @@ def _may_pass(error: Exception) -> bool:
     return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504)
 
 
+# What to do about what s3fs and what lies below it raise, by the exception's name or S3's error code.
+_ADVICE = {
+    "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; a public bucket is read "
+    "without any under FSSPEC_S3_ANON=true",
+    "PartialCredentialsError": "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "AWS_PROFILE has to name a profile of ~/.aws/config or ~/.aws/credentials, or be unset",
+    "ConfigParseError": "mend ~/.aws/config, or what AWS_CONFIG_FILE names",
+    "EndpointConnectionError": "nothing answers there: is the address in AWS_ENDPOINT_URL right, and the server up?",
+    "ConnectTimeoutError": "nothing answers there: is the address in AWS_ENDPOINT_URL right, and the server up?",
+    "InvalidRegionError": "AWS_DEFAULT_REGION has to be a region's name such as us-east-1",
+    "NoRegionError": "set AWS_DEFAULT_REGION, e.g. us-east-1",
+    "FileNotFoundError": "AWS_CA_BUNDLE, if set, has to name a PEM file",
+    "SSLError": "AWS_CA_BUNDLE has to name a PEM file with the endpoint's authority; an endpoint without TLS is http://",
+    "FlexibleChecksumError": "what came is not what was stored: a proxy or the server damaged it; try again, and set "
+    "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required if the server's checksums are wrong",
+    "ParamValidationError": "a bucket's name has 3 to 63 lower-case letters, digits, dots and hyphens: s3://bucket/key",
+    "InvalidAccessKeyId": "the server does not know AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID",
+    "ExpiredToken": "AWS_SESSION_TOKEN has expired; fetch new credentials",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "PermanentRedirect": "the bucket lies in another region; set AWS_DEFAULT_REGION to it",
+}
+_CHECK = "check the URL, AWS_ENDPOINT_URL, the credentials and the bucket's policy"
+
+
 @contextmanager
 def _explained(verb: str, url: str) -> Iterator[None]:
     """Turn what any backend raises into a StorageError that teaches."""
@@ -341,17 +439,42 @@ def _explained(verb: str, url: str) -> Iterator[None]:
     except StorageError:
         raise
     except FileNotFoundError as error:
-        hint = " (is the bucket's name right, and does it exist?)" if is_remote(url) else ""
-        raise MissingError(f"cannot {verb} {url}: there is nothing of that name{hint}") from error
+        if _lacks_bucket(error):
+            bucket = url.partition("://")[2].partition("/")[0]
+            raise StorageError(
+                f"cannot {verb} {url}: there is no bucket {bucket!r} at {_endpoint()}; create it, or correct its name"
+            ) from error
+        raise MissingError(f"cannot {verb} {url}: there is nothing of that name") from error
     except PermissionError as error:
-        raise DeniedError(f"cannot {verb} {url}: access denied ({error}); {_credentials_hint(url)}") from error
+        raise DeniedError(f"cannot {verb} {url}: access denied ({error}); {_hint(url, error)}") from error
     except Exception as error:  # every backend has exceptions of its own: name them all, keep the cause
-        raise StorageError(f"cannot {verb} {url}: {type(error).__name__}: {error}; {_credentials_hint(url)}") from error
+        reason = (str(error).splitlines() or [""])[-1]
+        raise StorageError(f"cannot {verb} {url}: {type(error).__name__}: {reason}; {_hint(url, error)}") from error
 
 
-def _credentials_hint(url: str) -> str:
+def _names(error: BaseException | None) -> Iterator[str]:
+    """An exception's types, S3's error code and operation, and those of what caused it."""
+    while error is not None:
+        yield from (kind.__name__ for kind in type(error).__mro__)
+        if isinstance(response := getattr(error, "response", None), dict):
+            yield response.get("Error", {}).get("Code", "")
+            yield getattr(error, "operation_name", "")
+        error = error.__cause__ or error.__context__
+
+
+def _lacks_bucket(error: FileNotFoundError) -> bool:
+    """Whether it is the bucket that is not there; only S3 tells."""
+    return not {"NoSuchBucket", "HeadBucket"}.isdisjoint(_names(error))
+
+
+def _hint(url: str, error: BaseException) -> str:
     if not url.startswith(("s3://", "s3a://")):
         return "check the path and its permissions"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon"
+    advice = next((_ADVICE[name] for name in _names(error) if name in _ADVICE), _CHECK)
     key = "set" if os.environ.get("AWS_ACCESS_KEY_ID") else "not set"
-    return f"endpoint: {endpoint} (AWS_ENDPOINT_URL); AWS_ACCESS_KEY_ID is {key}"
+    return f"{advice} (endpoint: {_endpoint()}; AWS_ACCESS_KEY_ID is {key})"
+
+
+def _endpoint() -> str:
+    given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return f"{given} (AWS_ENDPOINT_URL)" if given else "Amazon"

@@ -157,7 +157,7 @@ class S3Server:
             folder,
             {},
         )
-        self._client = boto3.client(
+        self.client = boto3.client(
             "s3",
             endpoint_url=endpoint,
             region_name="us-east-1",
@@ -170,10 +170,10 @@ class S3Server:
     def _accepts_writes(self) -> bool:
         """The gateway answers before it has loaded its identities and before a volume can be written."""
         try:
-            self._client.create_bucket(Bucket="ready")
-            self._client.put_object(Bucket="ready", Key="ready", Body=b"ready")
-            self._client.delete_object(Bucket="ready", Key="ready")
-            self._client.delete_bucket(Bucket="ready")
+            self.client.create_bucket(Bucket="ready")
+            self.client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+            self.client.delete_object(Bucket="ready", Key="ready")
+            self.client.delete_bucket(Bucket="ready")
         except (BotoCoreError, ClientError) as error:
             raise OSError(str(error)) from error
         return True
@@ -192,7 +192,7 @@ class S3Server:
     def new_bucket(self) -> str:
         """An empty bucket; returns ``s3://<name>``."""
         name = f"test-{secrets.token_hex(6)}"
-        self._client.create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def pause(self) -> None:

@@ -86,10 +86,11 @@ def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatc
 
 
 def test_a_missing_bucket_is_named(s3: S3) -> None:
-    with pytest.raises(StorageError, match="s3://no-such-bucket/x"):
-        storage.probe_writable("s3://no-such-bucket/x")
-    with pytest.raises(MissingError, match="does it exist"):
-        storage.list_sizes("s3://no-such-bucket/x")
+    attempts = (storage.probe_writable, storage.list_sizes, storage.exists, storage.look_at, storage.delete)
+    for attempt in attempts:
+        for url in ("s3://no-such-bucket/x", "s3://no-such-bucket"):
+            with pytest.raises(StorageError, match="there is no bucket 'no-such-bucket' at http"):
+                attempt(url)
 
 
 def test_wrong_credentials_are_an_error_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:

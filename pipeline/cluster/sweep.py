@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import ray
 from ray import tune
@@ -88,8 +89,14 @@ def run_sweep(
         _tuner(job, folder_url, concurrent, _Bookkeeper(job, manifest, ledger, groups), ledger).fit()
 
 
+def arrow_uri(url: str) -> str:
+    """``url`` as Tune has to be given it: Arrow reads escapes, queries and fragments in a URI, and none in a path."""
+    return quote(url, safe="/:") if storage.is_remote(url) else url
+
+
 def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledger: Ledger) -> Tuner:
-    sweep, path = job.sweep, storage.join(folder_url, "tune")
+    sweep, root = job.sweep, arrow_uri(folder_url)
+    path = storage.join(root, "tune")
     is_known = Tuner.can_restore(path)
     # The searcher does not hold back PBT's population, nor trials that are taken up again: they wait for the head's
     # resource. Otherwise a sliver of it leaves room for another sweep.
@@ -121,7 +128,7 @@ def _tuner(job: Job, folder_url: str, concurrent: int, callback: Callback, ledge
         ),
         run_config=RunConfig(
             name="tune",
-            storage_path=folder_url,
+            storage_path=root,
             failure_config=FailureConfig(max_failures=sweep.base.cluster.max_failures),
             checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[callback],

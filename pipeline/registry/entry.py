@@ -12,7 +12,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipeline.export import BUNDLE_FILES, sha256
-from pipeline.registry.tracking import RegistryError
+from pipeline.registry.address import RegistryError
 
 FILES_TAG = "parallax.files_digest"  # the SHA-256 of SHA256SUMS
 ARCHIVE = "model.pt2"  # what MLflow loads; the bundle's other files are extra_files/

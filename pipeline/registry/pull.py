@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pipeline.registry.address import RegistryError
 from pipeline.registry.entry import FILES_TAG, fetch
-from pipeline.registry.tracking import RegistryError, connect, server_errors
+from pipeline.registry.tracking import connect, server_errors
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))")
 

@@ -26,8 +26,9 @@ from mlflow.utils.environment import _PythonEnv
 
 from pipeline.export import BundleManifest, check_bundle, read_preprocessing
 from pipeline.provenance import git_sha
+from pipeline.registry.address import RegistryError
 from pipeline.registry.entry import ARCHIVE, EXTRA_FILES, FILES_TAG, fetch, seal
-from pipeline.registry.tracking import RegistryError, connect, server_errors
+from pipeline.registry.tracking import connect, server_errors
 from pipeline.runs import Registration, Run
 
 DIGEST_TAG = "parallax.export_digest"  # which encoder it is; entry.FILES_TAG says which files it came as

@@ -12,7 +12,8 @@ from typing import Literal
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.progress import Progress
-from pipeline.registry.tracking import PARENT_TAG, RegistryError, Tracker
+from pipeline.registry.address import RegistryError
+from pipeline.registry.tracking import PARENT_TAG, Tracker
 from pipeline.selection import METRIC
 from pipeline.sweep.results import RunResult, Status
 

@@ -16,13 +16,18 @@ from types import TracebackType
 from typing import Literal, Self
 
 import mlflow
+from alembic.util import CommandError
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.registry import database
+from pipeline.registry.address import RegistryError, normalized, sqlite_path
 
 RUN_ID_TAG = "parallax.run_id"
 PARENT_TAG = "mlflow.parentRunId"  # nests a run below another in MLflow's table
@@ -36,8 +41,8 @@ _DIGEST_CHARACTERS = 36
 _logger = logging.getLogger(__name__)
 
 
-class RegistryError(UserError):
-    """The tracking server or the registry cannot do what was asked; the message says what would work."""
+# What MLflow raises, and lets through from its database, its artifacts' disk or bucket, and requests (an OSError).
+_FAILURES = (MlflowException, SQLAlchemyError, CommandError, OSError, BotoCoreError, ClientError)
 
 
 def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
@@ -46,9 +51,10 @@ def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
     A sqlite file that is not there yet is created, unless it ``must_exist`` because somebody wants to read.
 
     The default matters: ``models:/`` URIs and parts of MLflow's own SQL store resolve against it, and without
-    one they would create ``./mlflow.db``.
+    one they would create ``./mlflow.db``. The environment stays as it is: MLflow would write the URI into it, and what
+    was decided for one run would be taken for the user's wish by the next.
     """
-    uri = _normalized(tracking_uri)
+    uri = normalized(tracking_uri)
     # MLflow retries 7 times at up to 120 s: minutes of silence when a server is down.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -56,29 +62,60 @@ def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for chatty in ("alembic", "mlflow"):  # 60 INFO lines for each new database
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a stack trace beside what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
-    if path := _sqlite_path(uri):
+    if path := sqlite_path(uri):
         if must_exist and not path.exists():
             raise RegistryError(
                 f"tracking URI {tracking_uri}: there is no file {path}; name the one that runs were tracked in"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    return MlflowClient(uri, uri)
+        with server_errors(uri):
+            database.prepare(path)
+    with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+    with server_errors(uri):
+        return MlflowClient(uri, uri)
 
 
-def probe(tracking_uri: str) -> None:
-    """Return within 10 s if runs can be tracked at this URI, else raise RegistryError."""
-    uri = _normalized(tracking_uri)
-    if path := _sqlite_path(uri):
-        folder = next(p for p in path.parents if p.exists())
-        if not (os.access(folder, os.W_OK) and folder.is_dir()) or (path.exists() and not os.access(path, os.W_OK)):
-            raise RegistryError(f"tracking.uri={tracking_uri}: cannot write {path}; name a file in a folder of yours")
+@contextmanager
+def _unchanged_environment(*names: str) -> Iterator[None]:
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def probe(tracking_uri: str, experiment: str, *, rehearse: bool = False) -> None:
+    """Return within 20 s if runs of this experiment can be tracked at this URI, else raise RegistryError or, where its
+    artifacts cannot be stored, StorageError. To ``rehearse`` is to leave no database where there is none."""
+    uri = normalized(tracking_uri)
+    path = sqlite_path(uri)
+    if path is None:
+        _probe_server(uri)
+    elif path.exists():
+        database.check_writable(path)
+    elif rehearse:
+        with server_errors(uri):
+            database.rehearse(path)
         return
+    client = connect(uri)
+    with server_errors(uri):
+        client.search_registered_models(max_results=1)
+        found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        _check_active(found)
+        if found.artifact_location.startswith(("/", "file:///", "s3://")):  # else the server stores what it is sent
+            storage.probe_writable(found.artifact_location)
+
+
+def _probe_server(tracking_uri: str) -> None:
     try:
         answer = http_request(
-            get_default_host_creds(uri),
+            get_default_host_creds(tracking_uri),
             "/api/2.0/mlflow/experiments/search",
             "POST",
             json={"max_results": 1},
@@ -106,11 +143,15 @@ def probe(tracking_uri: str) -> None:
 
 @contextmanager
 def server_errors(tracking_uri: str) -> Iterator[None]:
-    """Around calls to MLflow: what it raises becomes a RegistryError that names the server and the reason."""
+    """Around calls to MLflow: what it raises becomes a RegistryError that names the server, the reason and a remedy."""
     try:
         yield
-    except MlflowException as error:
-        raise RegistryError(f"the MLflow server at {tracking_uri} did not do its part: {_reason(error)}") from error
+    except _FAILURES as error:
+        kind = "database" if tracking_uri.startswith("sqlite:") else "server"
+        advice = database.advice(error)
+        raise RegistryError(
+            f"the MLflow {kind} at {tracking_uri} did not do its part: {_reason(error)}{advice and f'; {advice}'}"
+        ) from error
 
 
 class Tracker:
@@ -124,7 +165,7 @@ class Tracker:
         """``tags`` are set on the run if it is new."""
         self._client = connect(tracking_uri)
         with server_errors(tracking_uri):
-            self.experiment_id = _experiment_id(self._client, _normalized(tracking_uri), experiment)
+            self.experiment_id = _experiment_id(self._client, tracking_uri, experiment)
             run = self._find_or_create(run_id, tags or {})
         self.mlflow_run_id: str = run.info.run_id
         self._params: dict[str, str] = run.data.params
@@ -183,7 +224,7 @@ class Tracker:
         if len(self._buffer) >= _BATCH_METRICS or time.monotonic() >= self._next_flush:
             try:
                 self._flush()
-            except MlflowException as error:
+            except _FAILURES as error:
                 _logger.warning("%s does not take metrics, %d wait: %s", self._uri, len(self._buffer), _reason(error))
             self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 
@@ -232,35 +273,25 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         # Without a server MLflow would put artifacts into ./mlruns of whoever comes first.
-        path = _sqlite_path(uri)
-        location = (path.parent / "mlartifacts" / name).as_uri() if path else None
+        path = sqlite_path(uri)
+        location = (path.parent / "mlartifacts" / storage.folder_name(name)).as_uri() if path else None
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)  # somebody else was faster
-    if found is None or found.lifecycle_stage != "active":
-        raise RegistryError(
-            f"the MLflow experiment {name!r} was deleted; restore it with `mlflow experiments restore`, "
-            "or set tracking.experiment to another name"
-        )
+            assert found is not None, "it exists already"
+    _check_active(found)
     return found.experiment_id
 
 
-def _normalized(tracking_uri: str) -> str:
-    if tracking_uri.startswith(("http://", "https://")):
-        return tracking_uri.rstrip("/")
-    if tracking_uri.startswith("sqlite:///") and tracking_uri != "sqlite:///":
-        return f"sqlite:///{Path(tracking_uri.removeprefix('sqlite:///')).absolute()}"
-    raise RegistryError(
-        f"tracking.uri={tracking_uri!r} is neither a server nor a sqlite file; "
-        "e.g. http://127.0.0.1:5000 or sqlite:////home/me/mlflow.db"
-    )
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+def _check_active(experiment: Experiment) -> None:
+    if experiment.lifecycle_stage != "active":
+        raise RegistryError(
+            f"the MLflow experiment {experiment.name!r} was deleted; restore it with `mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}`, or set tracking.experiment to another name"
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -269,4 +300,5 @@ def _reason(error: BaseException) -> str:
     for marker in ("Connection refused", "Name or service not known", "timed out", "Max retries exceeded"):
         if marker in text:
             return marker.lower()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    lines = [line for line in text.splitlines() if not line.startswith("(raised as a result of")]
+    return lines[0][:200] if lines else type(error).__name__

@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from pipeline.config import Config, dump, load_config, load_yaml, override, read_mapping
+from pipeline.config import Config, dump, key_type, load_config, override, parse_argument, read_mapping
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.preflight import check_batch, check_method
@@ -396,11 +396,11 @@ def _set(values: dict[str, Any], argument: str) -> None:
     key, separator, text = argument.removeprefix("sweep.").partition("=")
     if not separator or not key:
         raise SweepError(f"{argument!r} is not sweep.key=value; e.g. sweep.trials=8")
-    try:
-        value = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise SweepError(f"{argument!r}: {text!r} is not a YAML value") from error
     section, _, rest = key.partition(".")
+    try:
+        value = parse_argument(text, key_type(SweepConfig, [section, rest] if rest else [section], values))
+    except yaml.YAMLError as error:
+        raise SweepError(f"{argument!r}: {text!r} is not a YAML value: {error}") from error
     before = _named(values[section]) if section == "scheduler" and section in values else values.get(section) or {}
     if not rest:
         values[section] = value

@@ -6,9 +6,10 @@ import pytest
 
 from pipeline.archive import load_archive
 from pipeline.export import check_golden
+from pipeline.registry.address import RegistryError
 from pipeline.registry.pull import pull, resolve
 from pipeline.registry.register import register_encoder
-from pipeline.registry.tracking import RegistryError, Tracker
+from pipeline.registry.tracking import Tracker
 from tests.encoders import export_tiny, of_another_run
 
 

@@ -170,4 +170,6 @@ def test_sqlite_alone_is_enough_and_leaves_the_working_directory_alone(
         first = register(uri, tracker.mlflow_run_id, bundle, "tiny")
         assert register(uri, tracker.mlflow_run_id, bundle, "tiny") == first
     assert list((tmp_path / "cwd").iterdir()) == []
-    assert sorted(path.name for path in (tmp_path / "tracking").iterdir()) == ["mlartifacts", "mlflow.db"]
+    assert sorted(path.name for path in (tmp_path / "tracking").iterdir()) == [
+        ".mlflow.db.lock", "mlartifacts", "mlflow.db",
+    ]  # fmt: skip

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.registry.tracking import RegistryError, Tracker, probe
+from pipeline.registry.address import RegistryError
+from pipeline.registry.tracking import Tracker, probe
 from tests.servers import MLflowServer, free_ports
 
 
@@ -151,32 +152,32 @@ def test_an_unreachable_server_is_one_error_within_10_s(silent_port: int) -> Non
     for port in (closed_port, silent_port):
         started = time.monotonic()
         with pytest.raises(RegistryError, match=rf"http://127\.0\.0\.1:{port} .*mlflow server.*sqlite"):
-            probe(f"http://127.0.0.1:{port}")
+            probe(f"http://127.0.0.1:{port}", "x")
         assert time.monotonic() - started < 10
 
 
 def test_a_server_that_is_not_mlflow_is_told_apart(mlflow_server: MLflowServer) -> None:
-    probe(mlflow_server.uri)
+    probe(mlflow_server.uri, "x")
     with pytest.raises(RegistryError, match="status 404, so it is not a working MLflow server"):
-        probe(f"{mlflow_server.uri}/elsewhere")
+        probe(f"{mlflow_server.uri}/elsewhere", "x")
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "sqlite:///", "postgresql://host/db", ""])
 def test_a_uri_without_a_server_or_a_file_teaches(uri: str) -> None:
     with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:5000 or sqlite:////"):
-        probe(uri)
+        probe(uri, "x")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(RegistryError, match=r"cannot write /proc/mlflow\.db"):
-        probe("sqlite:////proc/mlflow.db")
+        probe("sqlite:////proc/mlflow.db", "x")
 
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RegistryError, match=r"cannot write .*mlflow\.db"):
-        probe(f"sqlite:///{tmp_path}/file/mlflow.db")
+        probe(f"sqlite:///{tmp_path}/file/mlflow.db", "x")
 
 
 def test_a_deleted_experiment_teaches(tmp_path: Path) -> None:

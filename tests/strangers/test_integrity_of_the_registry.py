@@ -25,10 +25,11 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.writer import Sample, write_shards
 from pipeline.embeddings import HEADER, EmbedError, Origin, claim, file_name, held, write
 from pipeline.export import sha256
+from pipeline.registry.address import RegistryError
 from pipeline.registry.entry import ENTRY_FILES, FILES_TAG
 from pipeline.registry.pull import Pulled, pull, resolve
 from pipeline.registry.register import register_encoder, register_run, registered
-from pipeline.registry.tracking import RegistryError, Tracker
+from pipeline.registry.tracking import Tracker
 from pipeline.runs import Run
 from tests.encoders import export_tiny, of_another_run, tiny_backbone
 from tests.jobs import refusals
