@@ -4,24 +4,21 @@ Run again after an interruption, it goes on where it stopped.
 python -m jobs.index s3://bucket/laion
 """
 
-import argparse
 import sys
 
 from tqdm import tqdm
 
-from pipeline.arguments import positive
+from pipeline.arguments import JobParser, positive
 from pipeline.data.foreign import index_shards
 from pipeline.errors import explained
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = JobParser(__doc__, prog="python -m jobs.index")
     parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
     parser.add_argument("--threads", type=positive, default=8, help="shards walked at the same time")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     with explained(), tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
         def show(done: int, total: int) -> None:

@@ -6,11 +6,11 @@ The entry is checked: no file damaged, nothing in model.pt2 but tensors and tens
 comes out.
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from pipeline.archive import load_archive
+from pipeline.arguments import JobParser
 from pipeline.errors import explained
 from pipeline.export import check_golden
 from pipeline.registry.pull import pull
@@ -18,7 +18,7 @@ from pipeline.registry.pull import pull
 
 def main() -> None:
     """Parse the command line, pull, check, print the next step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("model", help="models:/<name>@<alias> or models:/<name>/<version>")
     parser.add_argument("--out", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument(
@@ -26,7 +26,7 @@ def main() -> None:
         default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///.parallax/mlflow.db",
         help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.read()
     with explained():
         pulled = pull(arguments.model, arguments.tracking_uri, arguments.out)
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")

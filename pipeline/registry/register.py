@@ -26,6 +26,7 @@ from pipeline.export import BundleManifest, check_bundle, read_preprocessing
 from pipeline.provenance import git_sha
 from pipeline.registry.tracking import connect, server_errors
 from pipeline.runs import Registration, Run
+from pipeline.secrets import without_secrets
 
 DIGEST_TAG = "parallax.export_digest"
 _LOADED_BY_MLFLOW = "model.pt2"
@@ -82,7 +83,7 @@ def register_run(run: Run, mlflow_run_id: str, tags: Mapping[str, str]) -> Regis
             },
         )
     registration = Registration(
-        tracking_uri=config.tracking_uri,
+        tracking_uri=without_secrets(config.tracking_uri),
         mlflow_run_id=mlflow_run_id,
         name=entry.name,
         version=str(entry.version),

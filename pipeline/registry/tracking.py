@@ -23,6 +23,7 @@ from mlflow.tracking._tracking_service.utils import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from pipeline.errors import UserError
+from pipeline.secrets import redacted, without_secret_values, without_secrets
 
 RUN_ID_TAG = "parallax.run_id"
 PARENT_TAG = "mlflow.parentRunId"  # nests a run below another in MLflow's table
@@ -131,7 +132,7 @@ class Tracker:
         # A metric's last logged step. Replayed steps are dropped: MLflow would keep both points.
         self._last_step: dict[str, int] = {m.key: m.step for m in run.data.to_proto().metrics}
         self._logged: dict[str, float] = run.data.metrics  # before this tracker
-        self._uri = tracking_uri
+        self._uri = redacted(tracking_uri)  # for messages
         self._buffer: list[Metric] = []
         self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 
@@ -143,14 +144,15 @@ class Tracker:
             order_by=["attributes.start_time ASC"],
         )
         if not found:
-            return self._client.create_run(self.experiment_id, run_name=run_id, tags={**tags, RUN_ID_TAG: run_id})
+            tags = {**without_secret_values(tags), RUN_ID_TAG: run_id}
+            return self._client.create_run(self.experiment_id, run_name=run_id, tags=tags)
         self._client.update_run(found[0].info.run_id, status="RUNNING")
         return found[0]
 
     def log_config(self, flat: Mapping[str, str]) -> None:
         """Log dotted keys as parameters. A parameter cannot change in MLflow: what a resumed run was given
         otherwise (its number of workers, say) becomes a tag ``changed.<key>``."""
-        flat = {key: value[:_PARAM_CHARACTERS] for key, value in flat.items()}
+        flat = {key: value[:_PARAM_CHARACTERS] for key, value in without_secret_values(flat).items()}
         new = [Param(key, value) for key, value in flat.items() if key not in self._params]
         changed = [RunTag(f"changed.{k}", v) for k, v in flat.items() if self._params.get(k, v) != v]
         with server_errors(self._uri):
@@ -161,6 +163,7 @@ class Tracker:
 
     def log_dataset(self, url: str, digest: str) -> None:
         """Link the run to its shards. ``digest`` is the manifest's."""
+        url = without_secrets(url)
         dataset = Dataset(
             name=url.rstrip("/").rsplit("/", 1)[-1],
             digest=digest[:_DIGEST_CHARACTERS],
@@ -265,7 +268,7 @@ def _sqlite_path(uri: str) -> Path | None:
 
 def _reason(error: BaseException) -> str:
     """The innermost cause in one line: MLflow and urllib3 wrap it five times."""
-    text = str(error)
+    text = redacted(str(error))
     for marker in ("Connection refused", "Name or service not known", "timed out", "Max retries exceeded"):
         if marker in text:
             return marker.lower()
