@@ -45,7 +45,7 @@ _USER_INFO = re.compile(
 # name=value, name: value, "name": "value"; also ?name=value and ;name=value of URLs and connection strings.
 _PAIR = re.compile(
     r"(?<![\w./])(?P<name>[A-Za-z][\w.-]*)(?P<between>[\"']?(?:\s*=\s*|:\s+|(?<=[\"']):))"
-    r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;&'\"}\])]+)"
+    r"(?=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;&'\"}\])]+))"  # ahead: it may be a pair itself, tracking.uri=token=abc
 )
 _NO_SECRET = re.compile(r"['\"]?(?:true|false|none|null|\*{3}|\.{3})?['\"]?", re.IGNORECASE)
 _PLACES = {
@@ -76,7 +76,7 @@ def secret_in(text: str) -> str | None:
             return kind
     if any(_is_secret_user_info(match) for match in _USER_INFO.finditer(text)):
         return "a password or token in a URL"
-    pair = next((match for match in _PAIR.finditer(text) if _is_secret_pair(match)), None)
+    pair = _secret_pair(text)
     return pair and f"a value of {pair['name']}"
 
 
@@ -109,7 +109,9 @@ def without_secrets(text: str) -> str:
     for pattern in _KINDS.values():
         text = pattern.sub(HIDDEN, text)
     text = _USER_INFO.sub(lambda m: f"{m['scheme']}://{HIDDEN}@" if _is_secret_user_info(m) else m[0], text)
-    return _PAIR.sub(lambda m: f"{m['name']}{m['between']}{HIDDEN}" if _is_secret_pair(m) else m[0], text)
+    while (pair := _secret_pair(text)) is not None:
+        text = text[: pair.start("value")] + HIDDEN + text[pair.end("value") :]
+    return text
 
 
 def without_secret_values(flat: Mapping[str, str]) -> dict[str, str]:
@@ -135,8 +137,9 @@ def _is_secret_user_info(match: re.Match[str]) -> bool:
     return match["user_info"] != HIDDEN and bool(password if colon else match["scheme"].startswith("http"))
 
 
-def _is_secret_pair(match: re.Match[str]) -> bool:
-    return is_secret_name(match["name"]) and not _NO_SECRET.fullmatch(match["value"])
+def _secret_pair(text: str) -> re.Match[str] | None:
+    pairs = _PAIR.finditer(text)
+    return next((m for m in pairs if is_secret_name(m["name"]) and not _NO_SECRET.fullmatch(m["value"])), None)
 
 
 def _environment_secrets() -> list[str]:

@@ -78,8 +78,8 @@ def _joining(address: str) -> Iterator[None]:
     except Exception as error:
         ray.shutdown()
         raise ClusterError(
-            f"cannot join the Ray at {address}: {error}; a cluster takes jobs of its own versions (here: Ray "
-            f"{ray.__version__}, Python {platform.python_version()}), and with its token if it has one: set "
+            f"cannot join the Ray at {address}: {_in_one_line(error)}; a cluster takes jobs of its own versions (here: "
+            f"Ray {ray.__version__}, Python {platform.python_version()}), and with its token if it has one: set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
 
@@ -92,10 +92,14 @@ def _starting() -> Iterator[None]:
     except Exception as error:
         ray.shutdown()
         raise ClusterError(
-            f"Ray does not start on this machine: {type(error).__name__}: {error}; its own logs say why: "
+            f"Ray does not start on this machine: {_in_one_line(error)}; its own logs say why: "
             f"{temporary_folder()}/ray/session_latest/logs. Little memory, few processes (ulimit -u) or a loopback "
             "that is filtered are the usual causes; or set cluster.address to a Ray that runs"
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def workers_that_fit(cluster: ClusterConfig) -> int:
