@@ -6,6 +6,7 @@ ours writes down; what others say may still repeat it, so every error's message 
 """
 
 import functools
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ _SHORTEST_IN_ENVIRONMENT = 6  # characters: a shorter value ("minio") stands for
 
 # Each alternative is matched against a name as _NAME_IN_WORDS_: DB_PASSWD and dbPasswd are _DB_PASSWD_.
 _SECRET_NAME = re.compile(
-    r"PASSW(OR)?D|PASSPHRASE|PWD_|_PASS_$|SECRET|TOKEN_|CREDENTIAL|_PAT_$|_SAS_|API_?KEY|"
+    r"PASSW(OR)?D|PASSPHRASE|PWD_|_PASS_$|SECRET|TOKEN_$|CREDENTIAL|_PAT_$|_SAS_|API_?KEY|"
     r"(ACCESS|PRIVATE|STORAGE|ACCOUNT|SHARED|SIGNING|ENCRYPTION)_?KEY|CONN(ECTION)?_?STR(ING)?_$|_AUTH_$|"
     r"AUTHORIZATION|COOKIE_|_JWT_|_SIG_$|SIGNATURE_$"
 )
@@ -40,12 +41,16 @@ _KINDS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in _SECRET_VALU
 
 # scheme://user:password@host. A password with a raw / or # ends what URLs call the host; a port does not begin one.
 _USER_INFO = re.compile(
-    r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<user_info>[^\s/?#'\"]+|[^\s/?#'\"@:\[]*:(?!:|\d+[/?#])[^\s'\"]+)@"
+    r"(?<![\w+.-])(?P<scheme>[A-Za-z][\w+.-]{0,40})://"
+    r"(?P<user_info>[^\s/?#'\"]{1,500}|[^\s/?#'\"@:\[]{0,100}:(?!:|\d+[/?#])[^\s'\"]{1,500})@"
 )
-# name=value, name: value, "name": "value"; also ?name=value and ;name=value of URLs and connection strings.
-_PAIR = re.compile(
-    r"(?<![\w./])(?P<name>[A-Za-z][\w.-]*)(?P<between>[\"']?(?:\s*=\s*|:\s+|(?<=[\"']):))"
-    r"(?=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;&'\"}\])]+))"  # ahead: it may be a pair itself, tracking.uri=token=abc
+# name=value of command lines, URLs and connection strings, and name: value of YAML, JSON and Python, but not of prose.
+# The value is looked at ahead, because it may be a pair itself: tracking.uri=token=abc.
+_NAME = r"(?P<name>[A-Za-z][\w.-]{0,100})[\"']?"  # bounded, as all here: the time is linear in the text's length
+_QUOTED = r"\"[^\"]*\"|'[^']*'"
+_PAIRS = (
+    re.compile(rf"(?<![\w./]){_NAME}\s*=\s*(?=(?P<value>{_QUOTED}|[^\s,;&'\"}}\])]+))"),
+    re.compile(rf"(?:^[\s-]{0, 200}|[{{,]\s*)[\"']?{_NAME}\s*:\s*(?=(?P<value>{_QUOTED}|[^\n,}}\]]+))", re.MULTILINE),
 )
 _NO_SECRET = re.compile(r"['\"]?(?:true|false|none|null|\*{3}|\.{3})?['\"]?", re.IGNORECASE)
 _PLACES = {
@@ -65,8 +70,9 @@ def is_secret_name(name: str) -> bool:
     spelled = f"_{words.upper()}_"
     if name in ("PWD", "OLDPWD"):  # the shell's working directories
         return False
-    in_capitals = name.isupper() and spelled.endswith("_KEY_")  # of an environment; a config's with_key is none
-    return (in_capitals or bool(_SECRET_NAME.search(spelled))) and not _NO_SECRET_NAME.search(spelled)
+    # Of an environment; a sweep's with_key and a model's token_dim are none.
+    in_capitals = name.isupper() and re.search(r"_KEY_$|_TOKEN_", spelled)
+    return bool(in_capitals or _SECRET_NAME.search(spelled)) and not _NO_SECRET_NAME.search(spelled)
 
 
 def secret_in(text: str) -> str | None:
@@ -84,7 +90,7 @@ def objection(key: str, value: Any) -> str | None:
     """Why ``value`` must not stand under the dotted ``key`` or option: what it holds, and where that belongs; never
     the value. None if it may."""
     if isinstance(value, str) and (kind := secret_in(value)):
-        found = f"{key} holds {kind}"
+        found = f"{key} holds a secret ({kind})"
     elif _is_named_secret(key, value):
         found = f"{key} is a secret by its name"
     else:
@@ -138,7 +144,7 @@ def _is_secret_user_info(match: re.Match[str]) -> bool:
 
 
 def _secret_pair(text: str) -> re.Match[str] | None:
-    pairs = _PAIR.finditer(text)
+    pairs = itertools.chain.from_iterable(pattern.finditer(text) for pattern in _PAIRS)
     return next((m for m in pairs if is_secret_name(m["name"]) and not _NO_SECRET.fullmatch(m["value"])), None)
 
 
