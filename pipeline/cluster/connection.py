@@ -93,8 +93,9 @@ def _starting() -> Iterator[None]:
         ray.shutdown()
         raise ClusterError(
             f"Ray does not start on this machine: {_in_one_line(error)}; its own logs say why: "
-            f"{temporary_folder()}/ray/session_latest/logs. Little memory, few processes (ulimit -u) or a loopback "
-            "that is filtered are the usual causes; or set cluster.address to a Ray that runs"
+            f"{temporary_folder()}/ray/session_latest/logs. The usual causes are a machine that is very busy, little "
+            "memory, few processes (ulimit -u), or a loopback that is filtered; start again, or set cluster.address to "
+            "a Ray that runs"
         ) from error
 
 
