@@ -217,16 +217,43 @@ ENVIRONMENT = {
 }
 
 
+@pytest.fixture
+def planted(mlflow_server: MLflowServer) -> dict[str, str]:
+    """Environment variables with secrets; MLFLOW_TRACKING_URI too, which works with a password in it."""
+    secrets = {name: pattern.format(f"{PLANTED}{i:02}") for i, (name, pattern) in enumerate(ENVIRONMENT.items())}
+    return secrets | {"MLFLOW_TRACKING_URI": mlflow_server.uri.replace("://", f"://me:{PLANTED}99@")}
+
+
+@pytest.mark.integration
+def test_the_registry_is_told_no_secret(
+    tmp_path: Path,
+    mlflow_server: MLflowServer,
+    planted: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    with Tracker(planted["MLFLOW_TRACKING_URI"], "secrets", "r-1", {"from": BY_VALUE["token in a URL"]}) as tracker:
+        tracker.log_config({f"a.{i}": secret for i, secret in enumerate(BY_VALUE.values())})
+        tracker.log_config({"cluster.env.DB_PASSWD": PLANTED})
+        tracker.log_dataset(BY_VALUE["Azure SAS"], "0" * 64)
+    assert b"cluster.env.DB_PASSWD" in Path(mlflow_server.folder, "mlflow.db").read_bytes()
+    refused(monkeypatch, pull.main, "job", "models:/nobody/1", "--out", str(tmp_path / "out"))
+    printed = "".join(capsys.readouterr())
+    assert f"not in the registry at http://{HIDDEN}@127.0.0.1" in printed
+    assert holders_of_secrets(printed, mlflow_server.folder) == []
+
+
+@pytest.mark.heavy  # 40 CPU-s
 @pytest.mark.integration
 def test_a_run_with_secrets_in_its_environment_writes_none_of_them(
-    tmp_path: Path, mlflow_server: MLflowServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mlflow_server: MLflowServer, planted: dict[str, str]
 ) -> None:
     """In the longest temporary folder that Ray is allowed."""
     temporary = Path(tempfile.mkdtemp(prefix="parallax-secrets-"))
     temporary = Path(shutil.move(temporary, str(temporary).ljust(39, "x")))
-    secrets = {name: pattern.format(f"{PLANTED}{i:02}") for i, (name, pattern) in enumerate(ENVIRONMENT.items())}
-    secrets["MLFLOW_TRACKING_URI"] = mlflow_server.uri.replace("://", f"://me:{PLANTED}99@")
-    environment = {**os.environ, **secrets, "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **planted, "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     shards, storage = few_digits(f"{tmp_path}/shards"), tmp_path / "storage"
     command = [sys.executable, "-m", "jobs.pretrain", QUICKSTART, *SMALL, f"data.shards={shards}"]
     command += [f"storage.url={storage}", "registry.model_name=toy", "cluster.num_workers=1"]
@@ -235,23 +262,14 @@ def test_a_run_with_secrets_in_its_environment_writes_none_of_them(
         assert done.returncode == 0, done.stderr + done.stdout
         assert list(storage.glob("runs/*/registered.json"))
         assert list(temporary.glob("ray/session_*/logs/raylet.out")), "Ray wrote its logs elsewhere"
-
-        for name, value in secrets.items():  # what MLflow is told by other code, in this process
-            monkeypatch.setenv(name, value)
-        with Tracker(secrets["MLFLOW_TRACKING_URI"], "secrets", "r-1", {"from": BY_VALUE["token in a URL"]}) as tracker:
-            tracker.log_config({f"a.{i}": secret for i, secret in enumerate(BY_VALUE.values())})
-            tracker.log_config({"cluster.env.DB_PASSWD": PLANTED})
-            tracker.log_dataset(BY_VALUE["Azure SAS"], "0" * 64)
-        refused(monkeypatch, pull.main, "job", "models:/nobody/1", "--out", str(tmp_path / "out"))
-
-        written = [path for root in (storage, temporary, mlflow_server.folder) for path in root.rglob("*")]
-        contents = {str(path): path.read_bytes() for path in written if path.is_file()}
-        contents["printed"] = "".join([done.stdout, done.stderr, *capsys.readouterr()]).encode()
-        assert [name for name, content in contents.items() if is_planted_in(content)] == []
+        assert holders_of_secrets(done.stdout + done.stderr, storage, temporary, mlflow_server.folder) == []
     finally:
         shutil.rmtree(temporary)
 
 
-def is_planted_in(content: bytes) -> bool:
-    """As it is, or as HTTP's basic authentication has it."""
-    return PLANTED.encode() in content or base64.b64encode(b"me:" + PLANTED.encode())[:20] in content
+def holders_of_secrets(printed: str, *folders: Path) -> list[str]:
+    """The files that hold what was planted, as it is or as HTTP's basic authentication has it."""
+    contents = {str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    contents["printed"] = printed.encode()
+    forms = PLANTED.encode(), base64.b64encode(b"me:" + PLANTED.encode())[:20]
+    return [name for name, content in contents.items() if any(form in content for form in forms)]
