@@ -50,7 +50,7 @@ _NAME = r"(?P<name>[A-Za-z][\w.-]{0,100})[\"']?"  # bounded, as all here: the ti
 _QUOTED = r"\"[^\"]*\"|'[^']*'"
 _PAIRS = (
     re.compile(rf"(?<![\w./]){_NAME}\s*=\s*(?=(?P<value>{_QUOTED}|[^\s,;&'\"}}\])]+))"),
-    re.compile(rf"(?:^[\s-]{0, 200}|[{{,]\s*)[\"']?{_NAME}\s*:\s*(?=(?P<value>{_QUOTED}|[^\n,}}\]]+))", re.MULTILINE),
+    re.compile(rf"(?:^[\s-]{{0,200}}|[{{,]\s*)[\"']?{_NAME}\s*:\s*(?=(?P<value>{_QUOTED}|[^\n,}}\]]+))", re.MULTILINE),
 )
 _NO_SECRET = re.compile(r"['\"]?(?:true|false|none|null|\*{3}|\.{3})?['\"]?", re.IGNORECASE)
 _PLACES = {

@@ -69,8 +69,8 @@ def check_room(cluster: ClusterConfig, workers: int) -> None:
         raise ClusterError(
             f"this machine offers {resources['CPU']} CPUs and {resources['GPU']} GPUs, which hold {held} workers of "
             f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs; {workers} are wanted: lower "
-            "cluster.num_workers (a sweep's: or sweep.seeds), cluster.cpus_per_worker or cluster.gpus_per_worker, or set cluster.address to a "
-            "larger cluster"
+            "cluster.num_workers (of a sweep, or sweep.seeds), cluster.cpus_per_worker or cluster.gpus_per_worker, or "
+            "set cluster.address to a larger cluster"
         )
 
 
