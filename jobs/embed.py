@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.archive import load_archive
-from pipeline.arguments import positive
+from pipeline.arguments import JobParser, positive
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest
 from pipeline.embeddings import Origin, claim, held
@@ -22,11 +22,12 @@ from pipeline.errors import UserError, explained
 from pipeline.export import check_golden
 from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
+from pipeline.secrets import without_secrets
 
 
 def main() -> None:
     """Parse the command line, check everything before Ray starts, embed, say where the files are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("--model", required=True, help="models:/<name>@<alias> or models:/<name>/<version>")
     parser.add_argument("--data", required=True, help="the folder of shards that holds manifest.json, any fsspec URL")
     parser.add_argument("--out", required=True, help="the folder for the Parquet files, any fsspec URL")
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--actors", type=positive, default=2, help="at most so many encoders at once (default: 2)")
     parser.add_argument("--gpus-per-actor", type=_share, default=0, help="e.g. 1, or 0.5 to share one (default: 0)")
     parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, else a Ray of our own)")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     with explained():
         embed(arguments)
 
@@ -59,7 +60,7 @@ def embed(arguments: argparse.Namespace) -> None:
 
     with TemporaryDirectory(prefix="parallax-pull-") as folder:
         registry = choose_to_read(arguments.tracking_uri)
-        print(f"registry {registry.uri} (from {registry.source})")
+        print(f"registry {without_secrets(registry.uri)} (from {registry.source})")
         pulled = pull(arguments.model, registry.uri, Path(folder) / "entry")
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from pipeline.arguments import positive
+from pipeline.arguments import JobParser, positive
 from pipeline.data.foreign import MAX_PASSED_OVER, Indexed, find_shards, index_shards, listed
 from pipeline.data.splits import SPLIT_NAME, split_of
 from pipeline.errors import explained
@@ -20,9 +20,7 @@ from pipeline.errors import explained
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = JobParser(__doc__, prog="python -m jobs.index")
     parser.add_argument("url", help="the folder of the tars, at any depth; the manifest is written there")
     parser.add_argument(
         "--split", action="append", type=_split, metavar="[GLOB=]NAME", default=[],
@@ -34,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of what may be images; more is an error (default {MAX_PASSED_OVER:g})",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, default=8, help="shards walked at the same time")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     with explained():
         found = find_shards(options.url, options.split)
         shards = ", ".join(f"{split} {count:,}" for split, count in Counter(found.splits.values()).items())

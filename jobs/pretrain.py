@@ -5,12 +5,13 @@
 Submitting the same config again resumes it, or says that it is complete.
 """
 
-import argparse
 import shlex
 import time
 
 import torch
 
+from pipeline.arguments import JobParser
+from pipeline.cluster.startup import check_startup
 from pipeline.config import Config, load_config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import explained
@@ -20,18 +21,19 @@ from pipeline.provenance import git_sha
 from pipeline.registry.register import register_run, registered
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Registration, Run, RunReport
+from pipeline.secrets import without_secrets
 from pipeline.storage import probe_writable
 
 
 def main() -> None:
     """Parse the command line, run what is not complete yet, say where everything is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("config", help="a YAML file, e.g. configs/quickstart.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="override", help="train.epochs=5, or configs/models/<name>.yaml"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, try one batch, train nothing")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.read()
     with explained():
         config = load_config(arguments.config, arguments.overrides)
         check_method(config)
@@ -82,7 +84,7 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
     print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
     print(
         f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers\n"
-        f"  tracking  {config.tracking_uri} (from {config.tracking_source})",
+        f"  tracking  {without_secrets(config.tracking_uri)} (from {config.tracking_source})",
         flush=True,
     )
     display = ProgressDisplay(config.train.global_batch_size)
@@ -107,6 +109,7 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
 
 def print_plan(config: Config, manifest: Manifest, run: Run) -> None:
     """What a run would do, after one batch was tried in this process."""
+    ray = check_startup(config.cluster, config.cluster.num_workers)
     tried = dry_run(config, manifest, torch.device("cpu"))
     cluster, batch = config.cluster, config.train.global_batch_size
     print(f"""\
@@ -118,8 +121,9 @@ dry run of {run.id}: everything is in place, nothing was trained
   training  {config.train.epochs} epochs of {tried.steps_per_epoch} steps, global batch {batch} \
 = {cluster.num_workers} workers x {batch // cluster.num_workers}
   one batch {tried.rows} images: loaded in {tried.load_s:.2f} s, loss {tried.loss:.4f}, step {tried.step_s:.2f} s
+  ray       {ray}
   storage   {run.url}
-  tracking  {config.tracking_uri} (from {config.tracking_source})
+  tracking  {without_secrets(config.tracking_uri)} (from {config.tracking_source})
   registry  {config.registry.model_name}@{config.registry.alias}
   state     {f"would resume after step {step}" if (step := run.checkpoints.latest_step()) else "would start"}""")
 

@@ -3,11 +3,10 @@
 python -m jobs.preview configs/quickstart.yaml views.png --rows 8
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from pipeline.arguments import positive
+from pipeline.arguments import JobParser, positive
 from pipeline.config import load_config
 from pipeline.data.preview import view_grid
 from pipeline.errors import UserError, explained
@@ -16,16 +15,14 @@ from pipeline.preflight import prepare_shards
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = JobParser(__doc__, prog="python -m jobs.preview")
     parser.add_argument("config", help="a pretraining config, e.g. configs/quickstart.yaml")
     parser.add_argument("png", type=Path, help="the file to write")
     parser.add_argument(
         "overrides", nargs="*", metavar="override", help="train.epochs=5, or configs/models/<name>.yaml"
     )
     parser.add_argument("--rows", type=positive, default=8, help="images")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     with explained():
         config = load_config(options.config, options.overrides)
         manifest = prepare_shards(config)

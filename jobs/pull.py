@@ -6,29 +6,30 @@ The entry is checked: every file is the one that was registered, nothing is in m
 arithmetic, and the golden embedding comes out.
 """
 
-import argparse
 from pathlib import Path
 
 from pipeline.archive import load_archive
+from pipeline.arguments import JobParser
 from pipeline.errors import explained
 from pipeline.export import check_golden
 from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
+from pipeline.secrets import without_secrets
 
 
 def main() -> None:
     """Parse the command line, pull, check, print the next step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("model", help="models:/<name>@<alias> or models:/<name>/<version>")
     parser.add_argument("--out", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument(
         "--tracking-uri",
         help="the MLflow server or sqlite:/// file (default: $MLFLOW_TRACKING_URI, else sqlite:///.parallax/mlflow.db)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.read()
     with explained():
         registry = choose_to_read(arguments.tracking_uri)
-        print(f"registry {registry.uri} (from {registry.source})")
+        print(f"registry {without_secrets(registry.uri)} (from {registry.source})")
         pulled = pull(arguments.model, registry.uri, arguments.out)
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
     print(f"""\

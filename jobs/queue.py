@@ -6,18 +6,18 @@ One line per shard, then one per rank: how far its replica lags, how long its la
 exchange took. A shard that is being restarted shows as such; the run goes on when it is back.
 """
 
-import argparse
 from typing import Any
 
+from pipeline.arguments import JobParser
 from pipeline.errors import explained
 
 
 def main() -> None:
     """Parse the command line, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("action", choices=["status"])
     parser.add_argument("--address", help="of a running Ray; default: $RAY_ADDRESS, or the one on this machine")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     from pipeline.cluster.connection import joined  # Ray takes 3 s to import; --help should not cost them
     from pipeline.cluster.shards import status
 

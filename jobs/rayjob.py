@@ -8,13 +8,13 @@
 The image is built by infra/Dockerfile. To run a config again: `kubectl replace --force -f rayjob.yaml`; it resumes.
 """
 
-import argparse
 import sys
 from importlib.metadata import version
 from typing import Any
 
 import yaml
 
+from pipeline.arguments import JobParser
 from pipeline.cluster.kuberay import ray_job
 from pipeline.config import load_config
 from pipeline.errors import explained
@@ -37,7 +37,7 @@ _Dumper.add_representer(str, _text)
 
 def main() -> None:
     """Parse the command line, print the manifest to stdout."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("config", help="a YAML file, e.g. configs/pretrain/simclr-resnet50-224.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="override", help="cluster.num_workers=8, or configs/models/<name>.yaml"
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--workers-per-pod", type=int, default=1, help="e.g. 8 on nodes with 8 GPUs")
     parser.add_argument("--worker-memory-gib", type=int, default=16)
     parser.add_argument("--deadline-h", type=float, default=168, help="hours after which Kubernetes ends the job")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.read()
     with explained():
         config = load_config(arguments.config, arguments.overrides)
         check_method(config)

@@ -5,7 +5,6 @@
 Submitting the same sweep again takes it up where it ended, or says that it is complete; --resume refuses to begin.
 """
 
-import argparse
 import itertools
 import shlex
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline import storage
+from pipeline.arguments import JobParser
+from pipeline.cluster.startup import check_startup
 from pipeline.data.manifest import Manifest
 from pipeline.errors import explained
 from pipeline.preflight import prepare_data
@@ -21,6 +22,7 @@ from pipeline.registry.register import register_run
 from pipeline.registry.sweeps import SweepTracker
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Run
+from pipeline.secrets import without_secrets
 from pipeline.storage import probe_writable
 from pipeline.sweep.config import Sweep, load_sweep, overrides
 from pipeline.sweep.display import SweepDisplay
@@ -33,14 +35,14 @@ from pipeline.sweep.space import SweepError
 
 def main() -> None:
     """Parse the command line, run what is not done yet, say which configuration is best."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("sweep", help="a YAML file, e.g. configs/sweep/digits-moco.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="override", help="of the base, train.epochs=5; of the sweep, sweep.trials=8"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, list the trials, run nothing")
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that was begun, or fail")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.read()
     with explained():
         sweep = load_sweep(arguments.sweep, arguments.overrides)
         base = sweep.base
@@ -75,7 +77,7 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
         tracker.log_dataset(manifest.url, manifest.digest)
         results = results or sweep.no_results(sweep_id)
         print(f"sweep {sweep_id}: " + ("going on" if results.runs else "starting"))
-        print(f"  tracking  {base.tracking_uri} (from {base.tracking_source})", flush=True)
+        print(f"  tracking  {without_secrets(base.tracking_uri)} (from {base.tracking_source})", flush=True)
         display = SweepDisplay()
         runs = SweepTracker(tracker, sweep_id, sweep.config_of, manifest)
 
@@ -89,7 +91,7 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
                 runs.log(run_id, report)
 
         ledger = Ledger(folder, results, open_run=runs.begin, close_run=runs.end, on_change=display.show)
-        ledger.update(mlflow_run_id=tracker.mlflow_run_id, tracking_uri=base.tracking_uri)
+        ledger.update(mlflow_run_id=tracker.mlflow_run_id, tracking_uri=without_secrets(base.tracking_uri))
         with connected(base.cluster, {"storage.url": base.storage.url, "data.shards": base.shards_url}):
             try:
                 run_sweep(sweep, sweep_id, manifest, folder_url=folder.url, ledger=ledger, on_report=on_report)
@@ -158,11 +160,13 @@ def pictures(sweep: Sweep, results: SweepResults) -> dict[str, bytes]:
 
 def print_plan(sweep: Sweep, sweep_id: str) -> None:
     """What the sweep would run."""
-    config = sweep.config
+    config, cluster = sweep.config, sweep.base.cluster
+    ray = check_startup(cluster, cluster.num_workers * config.seeds)
     print(f"dry run of {sweep_id}: everything is in place, nothing was trained")
-    print(f"  tracking {sweep.base.tracking_uri} (from {sweep.base.tracking_source})")
+    print(f"  tracking {without_secrets(sweep.base.tracking_uri)} (from {sweep.base.tracking_source})")
     print(f"  searcher {config.searcher}, scheduler {config.scheduler.name}, {config.seeds} seeds, ", end="")
     print(f"{sweep.base.train.epochs} epochs of {sweep.steps_per_epoch(sweep.base)} steps")
+    print(f"  ray {ray}")
     if config.searcher == "tpe":
         print(f"  {config.trials} trials, each chosen by what came before")
         return

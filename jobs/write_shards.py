@@ -14,7 +14,7 @@ import sys
 
 from tqdm import tqdm
 
-from pipeline.arguments import positive
+from pipeline.arguments import JobParser, positive
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import open_source, shard_tasks, summary
 from pipeline.data.verify import verify
@@ -24,9 +24,7 @@ from pipeline.errors import explained
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 with the reason on stderr; 1 if --verify finds damage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.write_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = JobParser(__doc__, prog="python -m jobs.write_shards")
     parser.add_argument("source", nargs="?", help="an image set (not with --verify)")
     parser.add_argument("url", help="a folder or any fsspec URL; credentials come from the environment")
     parser.add_argument("--validation-share", type=float, default=0.0, help="of a source without such a split")
@@ -45,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, default=8, help="shards written or checked at the same time")
     parser.add_argument("--verify", action="store_true", help="check every checksum of shards that are there")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     if options.verify == (options.source is not None):
         parser.error("give a source and a URL, or --verify and a URL")
     for option, given in (("--hold-out", options.hold_out), ("--split", options.split)):

@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -130,17 +129,6 @@ class ClusterConfig(Section):
             )
         return gpus
 
-    @field_validator("env")
-    @classmethod
-    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        for key in env:
-            if re.search(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY|ACCESS_KEY", key, re.IGNORECASE):
-                raise ValueError(
-                    f"{key} looks like a secret, and Ray shows runtime_env to everyone who can list jobs; "
-                    "set it in the environment of the cluster's nodes instead (Kubernetes: secretKeyRef)"
-                )
-        return env
-
 
 class TrackingConfig(Section):
     """The MLflow server, or a sqlite file in whose URI %XX is an escape. "" = MLFLOW_TRACKING_URI, and without that
@@ -156,16 +144,6 @@ class TrackingConfig(Section):
             return normalized(uri) if uri else ""
         except RegistryError as error:
             raise ValueError(str(error)) from error
-
-    @field_validator("uri")
-    @classmethod
-    def _holds_no_password(cls, uri: str) -> str:
-        if uri.startswith(("http://", "https://")) and urlsplit(uri).password:
-            raise ValueError(
-                "tracking.uri holds a password, and configs are saved and shown in MLflow; leave it out and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
-        return uri
 
 
 class RegistryConfig(Section):

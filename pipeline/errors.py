@@ -4,12 +4,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.secrets import redacted
+
 
 class UserError(Exception):
     """Something the user can mend; the message names the value, the rule and values that work.
 
-    Every module's own error is a subclass, so a job ends with that message instead of a stack trace.
+    Every module's own error is a subclass, so a job ends with that message instead of a stack trace. It holds no
+    secret, whatever it quotes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class DeterministicError(UserError):

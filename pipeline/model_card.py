@@ -5,9 +5,10 @@ The Python snippets run verbatim inside the folder of a pulled registry entry; t
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipeline.evaluate.intervals import Interval
+from pipeline.secrets import without_secret_values
 
 
 class Score(BaseModel):
@@ -44,6 +45,8 @@ class ModelCard(BaseModel):
     data_digest: str  # the manifest's
     git_sha: str
     metrics: tuple[Score, ...]
+
+    _without_secrets = field_validator("hyperparameters")(without_secret_values)
 
 
 _FINE_TUNE = "`num_classes=10` adds a head; `pretrained=True` is needed, without it the weights are random"

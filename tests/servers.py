@@ -210,9 +210,10 @@ class S3Server:
 
 
 class MLflowServer:
-    """``mlflow server`` over sqlite, artifacts proxied into a folder; ``uri`` is the tracking URI."""
+    """``mlflow server`` over sqlite, artifacts proxied into ``folder``; ``uri`` is the tracking URI."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._server, self.uri = _started(lambda: self._start(folder))
 
     def _start(self, folder: Path) -> tuple[Server, str]:

@@ -2,16 +2,24 @@
 
 import logging
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import ray
 
 from pipeline import storage
+from pipeline.cluster.startup import (
+    ClusterError,
+    address_of,
+    check_answers,
+    check_startup,
+    cpus_of_our_own,
+    temporary_folder,
+    workers_held,
+)
 from pipeline.config import ClusterConfig
-from pipeline.errors import UserError
 
 _WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead rank is noticed; Ray's default is 2
@@ -21,25 +29,22 @@ _log = logging.getLogger(__name__)
 _RESOURCES_WAIT_S = 60.0  # pods of an autoscaled group come up one by one
 
 
-class ClusterError(UserError):
-    """The cluster cannot run what was asked for; the message says what would fit."""
-
-
 @contextmanager
 def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[None]:
     """Ray, joined at ``cluster.address`` or $RAY_ADDRESS, or else started here and ended with the block.
 
-    ``durable``: option -> URL that every node must reach and that must outlive the job. ClusterError if no Ray answers,
-    or if what it offers stays too little.
+    ``durable``: option -> URL that every node must reach and that must outlive the job. ClusterError if no Ray answers
+    or starts, or if what it offers stays too little.
     """
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(cluster)
     if address:
         _refuse_private_storage(durable)
+    check_startup(cluster, cluster.num_workers)
     # A Ray of our own: "local" never joins a stranger's cluster that happens to run on this machine.
-    with _reachable(address, "cluster.address") if address else nullcontext():
+    with _joining(address) if address else _starting():
         ray.init(
             address=address or "local",
-            num_cpus=None if address else _cpus_of_our_own(cluster),
+            num_cpus=None if address else cpus_of_our_own(cluster),
             include_dashboard=None if address else False,
             runtime_env={"env_vars": {**_WORKER_ENV, **cluster.env}},
             log_to_driver=False,
@@ -56,7 +61,8 @@ def connected(cluster: ClusterConfig, durable: Mapping[str, str]) -> Iterator[No
 def joined(address: str | None) -> Iterator[None]:
     """A Ray that runs already: at ``address``, $RAY_ADDRESS, or on this machine. ClusterError if there is none."""
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    with _reachable(address, "--address"):
+    check_answers(address, "--address")
+    with _joining(address):
         ray.init(address=address, log_to_driver=False, logging_level="error")
     try:
         yield
@@ -65,31 +71,41 @@ def joined(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _reachable(address: str, option: str) -> Iterator[None]:
-    """ClusterError where the block cannot join the Ray at ``address``."""
+def _joining(address: str) -> Iterator[None]:
+    """Around ``ray.init``, which raises anything: ClusterError that says what a cluster asks of those who join it."""
     try:
-        if address not in ("auto", "local"):
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        ray.shutdown()
         raise ClusterError(
-            f"no Ray answers at {address}: {error}; give {option} as <head's ip>:6379, or set RAY_ADDRESS to it"
+            f"cannot join the Ray at {address}: {_in_one_line(error)}; a cluster takes jobs of its own versions (here: "
+            f"Ray {ray.__version__}, Python {platform.python_version()}), and with its token if it has one: set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Around ``ray.init``, which raises anything: ClusterError that says where to look."""
+    try:
+        yield
+    except Exception as error:
+        ray.shutdown()
+        raise ClusterError(
+            f"Ray does not start on this machine: {_in_one_line(error)}; its own logs say why: "
+            f"{temporary_folder()}/ray/session_latest/logs. The usual causes are a machine that is very busy, little "
+            "memory, few processes (ulimit -u), or a loopback that is filtered; start again, or set cluster.address to "
+            "a Ray that runs"
+        ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def workers_that_fit(cluster: ClusterConfig) -> int:
     """How many workers the nodes of the connected cluster hold in all; a worker is never split between nodes."""
-    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(
-        int(min((node.get(name, 0) + 1e-9) // amount for name, amount in per_worker.items() if amount))
-        for node in nodes
-    )
-
-
-def _cpus_of_our_own(cluster: ClusterConfig) -> int:
-    return max(os.cpu_count() or 1, round(cluster.num_workers * cluster.cpus_per_worker + 0.5))
+    return sum(workers_held(cluster, node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
 def _require_resources(cluster: ClusterConfig, patience_s: float) -> None:

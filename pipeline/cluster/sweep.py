@@ -22,9 +22,10 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 from ray.tune.experiment import Trial
 
 from pipeline import storage
-from pipeline.cluster.connection import ClusterError, workers_that_fit
+from pipeline.cluster.connection import workers_that_fit
 from pipeline.cluster.inbox import Addressed, Inbox, Report, Started
 from pipeline.cluster.searching import configuration, scheduler, searcher
+from pipeline.cluster.startup import ClusterError
 from pipeline.cluster.trial import EPOCH, SCORE, Job, Pointer, PretrainTrial, read_pointer, stretch
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Manifest

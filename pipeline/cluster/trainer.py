@@ -34,6 +34,7 @@ from pipeline.errors import DeterministicError, UserError
 from pipeline.methods.base import Method
 from pipeline.negatives.service import negatives_service
 from pipeline.runs import Run
+from pipeline.secrets import redacted
 from pipeline.stages import evaluate_and_export
 from pipeline.train import fit
 from pipeline.waiting import TELL_EVERY_S, told_to
@@ -170,7 +171,7 @@ def _train_worker(job: dict[str, Any]) -> None:
     except DeterministicError:
         raise  # the group does not restart: the driver tells why
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = redacted(f"{type(error).__name__}: {error}")
         ray.get(inbox.put.remote(WorkerFailure(rank, reason)))
         raise
 

@@ -25,6 +25,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.evaluate.report import NonFiniteFeaturesError
 from pipeline.progress import Progress
 from pipeline.runs import Run
+from pipeline.secrets import redacted
 from pipeline.selection import METRIC, read_scores
 from pipeline.sweep.config import Sweep
 from pipeline.sweep.results import Status
@@ -185,7 +186,7 @@ class PretrainTrial(tune.Trainable):
             told.put(_End(seed, "diverged", str(error)))
         except Exception as error:  # noqa: BLE001 - told to the sweep's driver, whichever it is
             if not aborted.is_set():
-                told.put(_End(seed, "failed", f"{type(error).__name__}: {error}"))
+                told.put(_End(seed, "failed", redacted(f"{type(error).__name__}: {error}")))
 
     def _pretrain(self, run: Run, told: _Told, controllers: dict[int, ActorHandle], aborted: threading.Event) -> None:
         """``told``, ``controllers`` and ``aborted`` are this trial's own: when a trial that was stopped gets its

@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline import storage
 from pipeline.registry import database
 from pipeline.registry.address import RegistryError, normalized, sqlite_path
+from pipeline.secrets import redacted, without_secret_values, without_secrets
 
 RUN_ID_TAG = "parallax.run_id"
 PARENT_TAG = "mlflow.parentRunId"  # nests a run below another in MLflow's table
@@ -172,7 +173,7 @@ class Tracker:
         # A metric's last logged step. Replayed steps are dropped: MLflow would keep both points.
         self._last_step: dict[str, int] = {m.key: m.step for m in run.data.to_proto().metrics}
         self._logged: dict[str, float] = run.data.metrics  # before this tracker
-        self._uri = tracking_uri
+        self._uri = redacted(tracking_uri)  # for messages
         self._buffer: list[Metric] = []
         self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 
@@ -184,14 +185,15 @@ class Tracker:
             order_by=["attributes.start_time ASC"],
         )
         if not found:
-            return self._client.create_run(self.experiment_id, run_name=run_id, tags={**tags, RUN_ID_TAG: run_id})
+            tags = {**without_secret_values(tags), RUN_ID_TAG: run_id}
+            return self._client.create_run(self.experiment_id, run_name=run_id, tags=tags)
         self._client.update_run(found[0].info.run_id, status="RUNNING")
         return found[0]
 
     def log_config(self, flat: Mapping[str, str]) -> None:
         """Log dotted keys as parameters. A parameter cannot change in MLflow: what a resumed run was given
         otherwise (its number of workers, say) becomes a tag ``changed.<key>``."""
-        flat = {key: value[:_PARAM_CHARACTERS] for key, value in flat.items()}
+        flat = {key: value[:_PARAM_CHARACTERS] for key, value in without_secret_values(flat).items()}
         new = [Param(key, value) for key, value in flat.items() if key not in self._params]
         changed = [RunTag(f"changed.{k}", v) for k, v in flat.items() if self._params.get(k, v) != v]
         with server_errors(self._uri):
@@ -202,6 +204,7 @@ class Tracker:
 
     def log_dataset(self, url: str, digest: str) -> None:
         """Link the run to its shards. ``digest`` is the manifest's."""
+        url = without_secrets(url)
         dataset = Dataset(
             name=url.rstrip("/").rsplit("/", 1)[-1],
             digest=digest[:_DIGEST_CHARACTERS],
@@ -296,7 +299,7 @@ def _check_active(experiment: Experiment) -> None:
 
 def _reason(error: BaseException) -> str:
     """The innermost cause in one line: MLflow and urllib3 wrap it five times."""
-    text = str(error)
+    text = redacted(str(error))
     for marker in ("Connection refused", "Name or service not known", "timed out", "Max retries exceeded"):
         if marker in text:
             return marker.lower()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.cluster.connection import ClusterError, connected, joined
+from pipeline.cluster.connection import connected, joined
+from pipeline.cluster.startup import ClusterError
 from pipeline.config import ClusterConfig
 from tests.servers import free_ports
 

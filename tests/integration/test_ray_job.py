@@ -1,6 +1,7 @@
 """`ray job submit` onto a running cluster of two nodes: token authentication, S3, MLflow, no secret on the way."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -176,3 +177,22 @@ def test_the_cluster_refuses_strangers(ray_cluster: RayCluster, headers: dict[st
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(request, timeout=30)
     assert refusal.value.code in (401, 403)
+
+
+def test_a_driver_of_another_version_is_told_both(ray_cluster: RayCluster):
+    """What Ray raises at this point is a bare RuntimeError of six lines."""
+    join = (
+        "import ray; ray.__version__ = '2.59.0'\n"
+        "from pipeline.cluster.connection import joined\n"
+        "from pipeline.errors import explained\n"
+        f"with explained(), joined({ray_cluster.address!r}): pass"
+    )
+    environment = {**os.environ, **ray_cluster.env}
+    done = subprocess.run(
+        [sys.executable, "-c", join], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"cannot join the Ray at {ray_cluster.address}: RuntimeError: Version mismatch" in message
+    assert "here: Ray 2.59.0" in message
+    assert "Traceback" not in done.stderr
