@@ -1,12 +1,13 @@
 """Where runs are tracked: one order of precedence for every job, and sqlite files whose paths hold any character.
 
-The option or the config's key comes first, then MLFLOW_TRACKING_URI, then the default. Nothing here imports MLflow.
+The option or the config's key comes first, then MLFLOW_TRACKING_URI, then the default. An address is saved and shown, so
+credentials in the variable's URI go where MLflow looks for them besides. Nothing here imports MLflow.
 """
 
 import os
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -37,9 +38,24 @@ def choose(given: str, key: str, default: str) -> Address:
     variable = os.environ.get(VARIABLE, "")
     source = key if given else VARIABLE if variable else "the default"
     try:
-        return Address(normalized(given or variable or default), source)
+        return Address(normalized(given or _without_credentials(variable) or default), source)
     except RegistryError as error:
         raise RegistryError(f"{source}={error}") from error
+
+
+def _without_credentials(uri: str) -> str:
+    """The variable's URI less its user and password, which MLFLOW_TRACKING_USERNAME and _PASSWORD hold from now on."""
+    parts = urlsplit(uri)
+    if not uri.startswith(("http://", "https://")) or "@" not in parts.netloc:
+        return uri
+    if not (parts.username and parts.password):
+        raise RegistryError(
+            f"{uri!r} holds a user without a password, or a token; set MLFLOW_TRACKING_TOKEN, or "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the URI"
+        )
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password))
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def source_of(uri: str, key: str, default: str) -> str:

@@ -123,3 +123,21 @@ def test_a_dry_run_in_any_folder_says_where_it_would_track_and_makes_nothing_the
     assert "everything is in place" in out
     assert f"tracking  {sqlite_uri(folder / 'mine.db')} (from {VARIABLE})" in out
     assert {path.name for path in (*tmp_path.iterdir(), *folder.iterdir())} == {folder.name, "shards"}
+
+
+def test_credentials_in_the_variable_stay_out_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config is saved and shown; MLflow finds them in its own variables."""
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that it is taken back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(VARIABLE, "http://me:p%40ss@mlflow:5000/")
+    config = load_config("configs/quickstart.yaml")
+    assert (config.tracking_uri, config.tracking_source) == ("http://mlflow:5000", VARIABLE)
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
+
+
+def test_a_token_in_the_variable_names_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "https://dapi0123456789@mlflow")
+    with pytest.raises(RegistryError, match="set MLFLOW_TRACKING_TOKEN") as refused:
+        load_config("configs/quickstart.yaml")
+    assert "dapi" not in str(refused.value)
