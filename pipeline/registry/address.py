@@ -1,7 +1,7 @@
 """Where runs are tracked: one order of precedence for every job, and sqlite files whose paths hold any character.
 
-The option or the config's key comes first, then MLFLOW_TRACKING_URI, then the default. Addresses are saved and shown, so
-credentials in the variable's URI go where MLflow looks for them besides. Nothing here imports MLflow.
+The option or the config's key comes first, then MLFLOW_TRACKING_URI, then the default. Addresses are saved and shown,
+so credentials in the variable's URI go where MLflow looks for them besides. Nothing here imports MLflow.
 """
 
 import os
