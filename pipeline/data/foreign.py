@@ -27,7 +27,7 @@ MAX_PASSED_OVER = 0.1  # of what may be images
 _MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
 _ARCHIVES = (".zip", ".7z", ".rar")
 _MAX_COMPANIONS = 8  # kinds of images that may come with samples, such as masks and depths
-_MORE_COMPANIONS = f"more kinds of {COMPANION}"
+_MORE_COMPANIONS = f"{COMPANION} of other kinds"
 _ADVICE = {  # on what may be images
     HIDDEN_IMAGE: "Names of images must not begin with a dot",
     _MORE_COMPANIONS: "An a.b.jpg beside a.jpg counts as its companion, like a mask: write a_b.jpg if it is a sample",
@@ -66,10 +66,11 @@ def find_shards(url: str, splits: Sequence[tuple[str, str]] = ()) -> Found:
     url = storage.resolve(url)
     files = storage.list_files(url)
     tars = [name for name in files if _is_tar(name)]
+    there = {name.lower() for name in tars}
     packed = {
         name: ending
         for name in files
-        if (ending := _unread_ending(name)) in UNPACK and name[: -len(ending)] + ".tar" not in files
+        if (ending := _unread_ending(name)) in UNPACK and name[: -len(ending)].lower() + ".tar" not in there
     }
     if packed:
         raise StorageError(f"{url}: {_how_to_unpack(packed)}")

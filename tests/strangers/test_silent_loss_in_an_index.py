@@ -151,11 +151,11 @@ def test_what_is_passed_over_is_counted_by_reason(tmp_path: Path, capsys: pytest
     [
         (
             images("scan.jpg", *(f"scan.{c}.jpg" for c in "abcdefghijkl")),
-            r"4 of 5 samples .*, more than 10%: 4 more kinds of companion images, e.g. scan\.[a-l]\.jpg in x\.tar",
+            r"4 of 5 samples .*, more than 10%: 4 companion images of other kinds, e\.g\. scan\.[a-l]\.jpg in x\.tar",
         ),
         (
             images(*(f"{i}.jpg" for i in range(20)), *(f"{i}.of{i}.jpg" for i in range(20))),
-            "12 of 32 samples .*: 12 more kinds of companion images, e.g. ",
+            "12 of 32 samples .*: 12 companion images of other kinds, e.g. ",
         ),
         (images("a.jpg", ".b.jpg", ".c.jpg"), r"2 of 3 samples .*: 2 hidden images, e\.g\. \.b\.jpg in x\.tar"),
         (
@@ -227,6 +227,16 @@ def test_compressed_shards_name_the_command_that_unpacks_them(
     assert index(tmp_path).split("validation").num_samples == 1
 
 
+def test_a_tar_that_is_not_sorted_names_the_option_that_sorts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "x.tar", [*((f"d/{i}.jpg", jpeg(i)) for i in range(3)), *((f"d/{i}.cls", b"%d" % i) for i in range(3))])
+    (command,) = re.findall("the key 'd/0' comes at two places; pack it again with `(.*)`", refusal(tmp_path, capsys))
+    subprocess.run("mkdir new; tar -xf x.tar -C new", shell=True, check=True, cwd=tmp_path)
+    subprocess.run(f"{command} -cf x.tar -C new . && rm -r new", shell=True, check=True, cwd=tmp_path)
+    assert labels(index(tmp_path)) == {f"d/{i}": i for i in range(3)}
+
+
 def test_a_compressed_tar_that_is_called_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg("") + random.randbytes(1000))])
     (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
@@ -236,7 +246,8 @@ def test_a_compressed_tar_that_is_called_tar(tmp_path: Path, capsys: pytest.Capt
 def test_other_files_beside_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What may be a shard is told; what img2dataset writes is not; a packed copy of what is read is no error."""
     write_tar(tmp_path / "0.tar", images("a.jpg").items())
-    for name in ("0.tar.gz", "1.tar.aria2", "2.tar.tmp", "3.zip", "0.parquet", "0_stats.json", "notes.tart"):
+    (tmp_path / "0.tar").rename(tmp_path / "0.TAR")
+    for name in ("0.TAR.GZ", "1.tar.aria2", "2.tar.tmp", "3.zip", "0.parquet", "0_stats.json", "notes.tart"):
         (tmp_path / name).write_bytes(b"?")
     manifest = index(tmp_path)
     assert manifest.passed_over == {"files *.tar.gz": 1, "files *.tar.*": 2, "files *.zip": 1}
