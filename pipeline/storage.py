@@ -336,6 +336,8 @@ def _explained(verb: str, url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         hint = " (is the bucket's name right, and does it exist?)" if is_remote(url) else ""
         raise MissingError(f"cannot {verb} {url}: there is nothing of that name{hint}") from error
+    except NotADirectoryError as error:
+        raise StorageError(f"cannot {verb} {url}: a folder is needed, and this is a file or lies below one") from error
     except PermissionError as error:
         raise DeniedError(f"cannot {verb} {url}: access denied ({error}); {_credentials_hint(url)}") from error
     except Exception as error:  # every backend has exceptions of its own: name them all, keep the cause

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch
@@ -75,7 +76,7 @@ def find_shards(url: str, splits: Sequence[tuple[str, str]] = ()) -> Found:
     if packed:
         raise StorageError(f"{url}: {_how_to_unpack(packed)}")
     if not tars:
-        raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
+        raise StorageError(f"{url} holds no *.tar{_instead(files)}")
     known, class_names = _known(url)
     for pattern, split in splits:
         matching = {name: split for name in tars if name == pattern or fnmatchcase(name, pattern)}
@@ -139,6 +140,16 @@ def shards_beside(manifest: Manifest, files: Iterable[str]) -> list[str]:
 
 def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
+
+
+def _instead(files: Iterable[str]) -> str:
+    """What lies there, and what to do where it is no tar."""
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "without extension" for name in sorted(files))
+    there = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+    return (
+        f"{there and f', but {there}'}; give the folder in which the shards lie, at any depth; images that lie in "
+        "folders become shards with `python -m jobs.write_shards`"
+    )
 
 
 def _known(url: str) -> tuple[dict[str, str], tuple[str, ...]]:

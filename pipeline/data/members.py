@@ -88,18 +88,13 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
                 )
             return
         if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156]):
-            ending = next((ending for start, ending in _COMPRESSED.items() if not at and header.startswith(start)), "")
-            if ending:
-                raise ShardError(
-                    f"{where} is compressed; rename it so that it ends in {ending}, then `{UNPACK[ending]}` it"
-                )
-            raise ShardError(f"{where}: the tar header at byte {at} is damaged (its checksum is wrong)")
+            raise ShardError(f"{where}{_no_header(header, at)}")
         kind, size = header[156:157], _number(header[124:136])
         if size < 0:
             raise ShardError(f"{where}: the tar header at byte {at} is damaged (its size is {header[124:136]!r})")
         if kind in (b"L", b"x", b"X"):  # GNU's long name, pax attributes: of the next member
             if size > _MAX_META_BYTES:
-                raise ShardError(f"{where}: the tar header at byte {at} is damaged (it announces a name of {size} bytes)")
+                raise ShardError(f"{where}: the tar header at byte {at} is damaged (a name of {size} bytes)")
             data = stream.take(size)
             records = {"path": _until_nul(data)} if kind == b"L" else _pax_records(data)
             if records is None:
@@ -131,6 +126,15 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
             while more:
                 more = stream.take(_BLOCK)[504]
             stream.skip(size + -size % _BLOCK)
+
+
+def _no_header(block: bytes, at: int) -> str:
+    """What is wrong where the checksum of a header is."""
+    ending = next((ending for start, ending in _COMPRESSED.items() if not at and block.startswith(start)), "")
+    if ending:
+        return f" is compressed; rename it so that it ends in {ending}, then `{UNPACK[ending]}` it"
+    no_tar = "" if at else f", or this is no tar: it begins with {block[:16]!r}"
+    return f": the tar header at byte {at} is damaged (its checksum is wrong){no_tar}"
 
 
 def _said(name: str, size: int, data: bytes) -> tuple[int | None, str]:

@@ -18,7 +18,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -47,7 +46,7 @@ from pipeline.data.receipts import fingerprint
 from pipeline.data.splits import SPLIT_NAME, SPLIT_OF, split_of, splits_within
 from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask
 from pipeline.errors import UserError
-from pipeline.storage import Listed, StorageError
+from pipeline.storage import Listed
 
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2"),
@@ -314,8 +313,8 @@ def _folder(root: str, names: Mapping[str, str], split_by: str | None) -> Source
         size, version = files[path].size, files[path].version
         origin = storage.join(root, str(path))
         items.append(Item(_key(path), path.suffix[1:].lower(), split, labels[name], size, origin, version))
-    notes = [*_unlabelled(items, class_names, {}), *_doubtful(items, class_names, deeper_classes(found, layout)), *unread]
-    return Source(items, class_names, _read_file, tuple(notes))
+    doubts = _doubtful(items, class_names, deeper_classes(found, layout))
+    return Source(items, class_names, _read_file, (*_unlabelled(items, class_names, {}), *doubts, *unread))
 
 
 def _doubtful(items: list[Item], class_names: tuple[str, ...], deeper: str) -> list[str]:

@@ -261,7 +261,7 @@ DAMAGED = 4 * 1024 + 20  # in the fifth member's header
         (lambda data: with_header(data, DAMAGED - 20, SIZE, b"1x"), "tar header at byte 4096 is damaged .*size.*1x"),
         (lambda data: with_header(data, DAMAGED - 20, SIZE, b"-1"), "tar header at byte 4096 is damaged .*size.*-1"),
         (lambda data: with_header(data, DAMAGED - 20, SIZE, b""), "tar header at byte 4608 is damaged"),
-        (lambda data: with_header(data, 0, slice(124, 157), b"7777777".ljust(32, b"\0") + b"L"), "name of 2097151 bytes"),
+        (lambda data: with_header(data, 0, slice(124, 157), b"7777777".ljust(32) + b"L"), "name of 2097151 bytes"),
         (lambda data: data.__delitem__(slice(DAMAGED - 20, None)), "truncated"),
         (lambda data: data.__delitem__(slice(DAMAGED - 3, None)), "truncated"),
         (lambda data: data.__setitem__(slice(2048, 4096), bytes(2048)), "at byte 2048 ends .* byte 4096 is not zero"),

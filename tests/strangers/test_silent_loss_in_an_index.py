@@ -230,7 +230,8 @@ def test_compressed_shards_name_the_command_that_unpacks_them(
 def test_a_tar_that_is_not_sorted_names_the_option_that_sorts_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tar(tmp_path / "x.tar", [*((f"d/{i}.jpg", jpeg(i)) for i in range(3)), *((f"d/{i}.cls", b"%d" % i) for i in range(3))])
+    members = images(*(f"d/{i}.jpg" for i in "012")) | {f"d/{i}.cls": i.encode() for i in "012"}
+    write_tar(tmp_path / "x.tar", members.items())
     (command,) = re.findall("the key 'd/0' comes at two places; pack it again with `(.*)`", refusal(tmp_path, capsys))
     subprocess.run("mkdir new; tar -xf x.tar -C new", shell=True, check=True, cwd=tmp_path)
     subprocess.run(f"{command} -cf x.tar -C new . && rm -r new", shell=True, check=True, cwd=tmp_path)
@@ -252,6 +253,15 @@ def test_other_files_beside_shards(tmp_path: Path, capsys: pytest.CaptureFixture
     manifest = index(tmp_path)
     assert manifest.passed_over == {"files *.tar.gz": 1, "files *.tar.*": 2, "files *.zip": 1}
     assert re.search(r"2 files \*\.tar\.\*, e\.g\. [12]\.tar\.(aria2|tmp)", capsys.readouterr().out)
+
+
+def test_what_is_no_tar_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    (tmp_path / "b.tar.br").write_bytes(b"?")
+    assert "holds no *.tar, but 1 .zip, 1 .br; give the folder" in refusal(tmp_path, capsys)
+    assert "a folder is needed, and this is a file" in refusal(tmp_path / "a.zip", capsys)
+    (tmp_path / "c.tar").write_bytes(b"<html>404 Not Found</html>" * 40)
+    assert "or this is no tar: it begins with b'<html>404 Not" in refusal(tmp_path, capsys)
 
 
 def shards(folder: Path, *names: str) -> None:
