@@ -19,7 +19,6 @@ _IMAGE_BYTES = re.compile(  # no TIFF: the raw files of most cameras begin like 
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|....ftypavif", re.DOTALL
 )
 _RANKS = {extension: place for place, extension in enumerate(IMAGE_EXTENSIONS)}
-_SORT = "pack it again with `tar --sort=name`"
 _BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")
 
 PassOver = Callable[[str, str], object]  # is told the reason, and the name of what is passed over
@@ -41,7 +40,7 @@ def groups(members: Iterable[Member], where: str, pass_over: PassOver = _in_sile
         here = {_key(path, member) for path, member in group.items()}
         for key in here:
             if key in keys or key in begun or not keys.isdisjoint(_shorter(key)):
-                raise ShardError(f"{where}: the key {key!r} comes at two places; {_SORT}")
+                raise ShardError(f"{where}: the key {key!r} comes at two places; pack it again with `tar --sort=name`")
         keys.update(here)
         for key in here:
             begun.update(_shorter(key))
@@ -140,7 +139,7 @@ def _without_extension(path: str) -> str:
 
 def _key(path: str, member: Member) -> str:
     """The path without its extension; an image's that only its bytes tell is whole: "scan.0001" may be one of many."""
-    is_whole = path.rpartition(".")[2] not in _RANKS and _IMAGE_BYTES.match(member.head)
+    is_whole = not _has_extension_of_images(path) and _IMAGE_BYTES.match(member.head)
     return path if is_whole else _without_extension(path)
 
 
@@ -149,5 +148,9 @@ def _rank(path: str) -> int:
     return _RANKS.get(path.rpartition(".")[2], len(_RANKS))
 
 
+def _has_extension_of_images(path: str) -> bool:
+    return path.rpartition(".")[2] in _RANKS
+
+
 def _is_image(path: str, member: Member) -> bool:
-    return path.rpartition(".")[2] in _RANKS or _IMAGE_BYTES.match(member.head) is not None
+    return _has_extension_of_images(path) or _IMAGE_BYTES.match(member.head) is not None

@@ -326,8 +326,8 @@ def _doubtful(items: list[Item], class_names: tuple[str, ...], deeper: str) -> l
     elsewhere = {item.label for item in items} - trained - {-1}
     notes = []
     if len(class_names) == 1:
-        deeper = f"; if the folders in it are the classes, --split-by {shlex.quote(deeper)} says so" if deeper else ""
-        notes.append(f"{class_names[0]!r} is the only class{deeper}")
+        option = f"; if the folders in it are the classes, --split-by {shlex.quote(deeper)} says so" if deeper else ""
+        notes.append(f"{class_names[0]!r} is the only class{option}")
     if trained and elsewhere:
         names = listed(class_names[label] for label in elsewhere)
         notes.append(f"classes without an image in the split 'train': {names}")
