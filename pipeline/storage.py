@@ -445,6 +445,8 @@ def _explained(verb: str, url: str) -> Iterator[None]:
                 f"cannot {verb} {url}: there is no bucket {bucket!r} at {_endpoint()}; create it, or correct its name"
             ) from error
         raise MissingError(f"cannot {verb} {url}: there is nothing of that name") from error
+    except NotADirectoryError as error:
+        raise StorageError(f"cannot {verb} {url}: a folder is needed, and this is a file or lies below one") from error
     except PermissionError as error:
         raise DeniedError(f"cannot {verb} {url}: access denied ({error}); {_hint(url, error)}") from error
     except Exception as error:  # every backend has exceptions of its own: name them all, keep the cause

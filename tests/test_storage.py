@@ -150,7 +150,7 @@ def test_a_listing_follows_links_to_folders_but_not_in_circles(tmp_path: Path) -
 
 def test_a_listing_that_would_miss_something_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"no folder")
-    with pytest.raises(StorageError, match="Not a directory"):
+    with pytest.raises(StorageError, match="a folder is needed"):
         storage.list_files(str(tmp_path / "plain"))
     (tmp_path / "folder").mkdir()
     for target in ("gone.png", "link.png"):  # nothing, itself

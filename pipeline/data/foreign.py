@@ -5,12 +5,14 @@ too, and too much of what may be images is an error. A walk that was killed goes
 """
 
 import logging
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
 from pipeline import storage
 from pipeline.data.fetch import Fetch, open_fetch
@@ -27,9 +29,11 @@ MAX_PASSED_OVER = 0.1  # of what may be images
 _MAX_IMAGE_BYTES = 2**31 - 1  # a manifest counts them in 32 bits
 _ARCHIVES = (".zip", ".7z", ".rar")
 _MAX_COMPANIONS = 8  # kinds of images that may come with samples, such as masks and depths
-_MORE_COMPANIONS = f"more kinds of {COMPANION}"
+_MORE_COMPANIONS = f"{COMPANION} of other kinds"
+_NUMBERED_COMPANIONS = f"{COMPANION} told apart by a number"  # views of a sample, or masks of its objects
 _ADVICE = {  # on what may be images
     HIDDEN_IMAGE: "Names of images must not begin with a dot",
+    _NUMBERED_COMPANIONS: "Write a_view0.jpg for a.view0.jpg if each is a sample",
     _MORE_COMPANIONS: "An a.b.jpg beside a.jpg counts as its companion, like a mask: write a_b.jpg if it is a sample",
     NO_IMAGE: f"Formats that are read are {', '.join(IMAGE_EXTENSIONS)}",
 }
@@ -66,15 +70,16 @@ def find_shards(url: str, splits: Sequence[tuple[str, str]] = ()) -> Found:
     url = storage.resolve(url)
     files = storage.list_files(url)
     tars = [name for name in files if _is_tar(name)]
+    there = {name.lower() for name in tars}
     packed = {
         name: ending
         for name in files
-        if (ending := _unread_ending(name)) in UNPACK and name[: -len(ending)] + ".tar" not in files
+        if (ending := _unread_ending(name)) in UNPACK and name[: -len(ending)].lower() + ".tar" not in there
     }
     if packed:
         raise StorageError(f"{url}: {_how_to_unpack(packed)}")
     if not tars:
-        raise StorageError(f"{url} holds no *.tar; give the folder in which the shards lie, at any depth")
+        raise StorageError(f"{url} holds no *.tar{_instead(files)}")
     known, class_names = _known(url)
     for pattern, split in splits:
         matching = {name: split for name in tars if name == pattern or fnmatchcase(name, pattern)}
@@ -138,6 +143,16 @@ def shards_beside(manifest: Manifest, files: Iterable[str]) -> list[str]:
 
 def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
+
+
+def _instead(files: Iterable[str]) -> str:
+    """What lies there, and what to do where it is no tar."""
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "without extension" for name in sorted(files))
+    there = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+    return (
+        f"{there and f', but {there}'}; give the folder in which the shards lie, at any depth; images that lie in "
+        "folders become shards with `python -m jobs.write_shards`"
+    )
 
 
 def _known(url: str) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -225,9 +240,17 @@ def _passed_over(
         for reason, count in rows.passed_over.items():
             add(reason, count, f"{rows.examples[reason]} in {rows.name}")
     companions = [reason for reason, _ in counts.most_common() if reason.startswith(COMPANION)]
-    for reason in companions[_MAX_COMPANIONS:]:
-        add(_MORE_COMPANIONS, counts.pop(reason), examples.pop(reason))
+    words = Counter(map(_without_numbers, companions))
+    numbered = [reason for reason in companions if words[_without_numbers(reason)] > 1]
+    others = [reason for reason in companions if reason not in numbered][_MAX_COMPANIONS:]
+    for kind, reasons in ((_NUMBERED_COMPANIONS, numbered), (_MORE_COMPANIONS, others)):
+        for reason in reasons:
+            add(kind, counts.pop(reason), examples.pop(reason))
     return counts, examples
+
+
+def _without_numbers(reason: str) -> str:
+    return re.sub(r"[0-9]+", "", reason)
 
 
 def _check_passed_over(

@@ -33,27 +33,28 @@ def groups(members: Iterable[Member], where: str, pass_over: PassOver = _in_sile
 
     ShardError if two have the same path, or if what belongs together lies at two places.
     """
-    stem, group = "", dict[str, Member]()
+    current, group = "", dict[str, Member]()
     keys, begun = set[str](), set[str]()  # of the groups before, and what these keys begin with
 
     def closed() -> dict[str, Member]:
         here = {_key(path, member) for path, member in group.items()}
         for key in here:
-            if key in begun or not keys.isdisjoint(_prefixes(key)):
-                raise ShardError(f"{where}: the key {key!r} comes at two places; sort the archive")
+            if key in keys or key in begun or not keys.isdisjoint(_shorter(key)):
+                raise ShardError(f"{where}: the key {key!r} comes at two places; pack it again with `tar --sort=name`")
         keys.update(here)
-        begun.update(prefix for key in here for prefix in _prefixes(key))
+        for key in here:
+            begun.update(_shorter(key))
         return group
 
     for member in _visible(members, pass_over):
-        path = str(PurePosixPath(member.name))  # "./a//b.JPG" -> "a/b.JPG"
-        *_, shortest = _prefixes(path)
-        if shortest != stem and group:
+        path = _path(member)
+        stem = _stem(path)
+        if stem != current and group:
             yield closed()
             group = {}
-        stem = shortest
-        ending = path[len(_without_extension(path)) :]
-        twin = group.setdefault(path.removesuffix(ending) + ending.lower(), member)
+        current = stem
+        key = _without_extension(path)
+        twin = group.setdefault(key + path[len(key) :].lower(), member)
         if twin is not member:
             raise ShardError(
                 f"{where}: {twin.name!r} and {member.name!r} have the same key and extension, one would be "
@@ -75,9 +76,9 @@ def samples_of(group: Mapping[str, Member], pass_over: PassOver = _in_silence) -
             pass_over(f"{COMPANION} *{path[len(longest) :]}", group[path].name)
     begun = {prefix for key in samples for prefix in _prefixes(key)}
     alone = dict[str, list[Member]]()
-    for path, member in group.items():
+    for path, member in ((path, member) for path, member in group.items() if path not in images):
         key = _key(path, member)
-        if path not in images and key not in begun and samples.keys().isdisjoint(_prefixes(key)):
+        if key not in begun and samples.keys().isdisjoint(_prefixes(key)):
             alone.setdefault(key, []).append(member)
     for members in alone.values():
         binary = [member for member in members if _BINARY.search(member.head)]
@@ -88,7 +89,7 @@ def samples_of(group: Mapping[str, Member], pass_over: PassOver = _in_silence) -
 def label_of(image: Member, group: Mapping[str, Member]) -> tuple[int, str]:
     """An image's label, -1 if it has none; and, where there is but what is none, that."""
     bad = ""
-    for prefix in _prefixes(str(PurePosixPath(image.name))):
+    for prefix in _prefixes(_path(image)):
         for meta in (group[prefix + ending] for ending in META_ENDINGS if prefix + ending in group):
             if meta.label is not None:
                 return meta.label, ""
@@ -106,11 +107,29 @@ def _visible(members: Iterable[Member], pass_over: PassOver) -> Iterator[Member]
             yield member
 
 
+def _path(member: Member) -> str:
+    """Its name without parts that mean nothing: "./a//b.jpg" -> "a/b.jpg"."""
+    name = member.name
+    return str(PurePosixPath(name)) if "./" in name or "//" in name else name  # a PurePosixPath takes 3 us
+
+
 def _prefixes(path: str) -> Iterator[str]:
     """What a path begins with, by the dots of its file name, the longest first: "d/a.b.jpg", "d/a.b", "d/a"."""
     yield path
-    while (shorter := _without_extension(path)) != path:
-        yield (path := shorter)
+    yield from _shorter(path)
+
+
+def _shorter(path: str) -> Iterator[str]:
+    """The prefixes that are not the whole path."""
+    file, dot = path.rfind("/") + 1, len(path)
+    while (dot := path.rfind(".", file, dot)) >= 0:
+        yield path[:dot]
+
+
+def _stem(path: str) -> str:
+    """The shortest prefix."""
+    dot = path.find(".", path.rfind("/") + 1)
+    return path if dot < 0 else path[:dot]
 
 
 def _without_extension(path: str) -> str:
@@ -118,16 +137,20 @@ def _without_extension(path: str) -> str:
     return path if dot < 0 else path[:dot]
 
 
+def _key(path: str, member: Member) -> str:
+    """The path without its extension; an image's that only its bytes tell is whole: "scan.0001" may be one of many."""
+    is_whole = not _has_extension_of_images(path) and _IMAGE_BYTES.match(member.head)
+    return path if is_whole else _without_extension(path)
+
+
 def _rank(path: str) -> int:
     """The place of a path's extension among those of images, behind the last if it is none of these."""
     return _RANKS.get(path.rpartition(".")[2], len(_RANKS))
 
 
+def _has_extension_of_images(path: str) -> bool:
+    return path.rpartition(".")[2] in _RANKS
+
+
 def _is_image(path: str, member: Member) -> bool:
-    return _rank(path) < len(_RANKS) or _IMAGE_BYTES.match(member.head) is not None
-
-
-def _key(path: str, member: Member) -> str:
-    """The path without its extension; an image's that only its bytes tell is whole: "scan.0001" may be one of many."""
-    is_whole = _rank(path) == len(_RANKS) and _IMAGE_BYTES.match(member.head)
-    return path if is_whole else _without_extension(path)
+    return _has_extension_of_images(path) or _IMAGE_BYTES.match(member.head) is not None

@@ -9,7 +9,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from deflate import crc32
@@ -35,7 +35,9 @@ _COMPRESSED = {  # how such a shard begins
 _BLOCK = 512
 _READ_BYTES = 8 * 2**20
 _HEAD_BYTES = 16
-_MAX_META_BYTES = 2**20  # of a .json that is searched for a label
+_MAX_META_BYTES = 2**20  # of a .json that is searched for a label, of a long name, of pax records
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,8}) ")
+_OCTAL = re.compile(rb"[0-7]*")
 _LABEL = re.compile(r"\+?([0-9]{1,18})(\.0*)?")  # 18 digits: an int64
 _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 _SAMPLE_ENDINGS = (*META_ENDINGS, *(f".{extension}" for extension in IMAGE_EXTENSIONS))
@@ -51,8 +53,7 @@ class ShardError(StorageError):
     """A shard that cannot be indexed as it is: damaged, cut off, or with two samples of one name."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):  # made 1 us faster than a frozen dataclass, of 8 us that a member takes
     """A file in a tar, and what a ``.cls`` or ``.json`` says."""
 
     name: str
@@ -87,25 +88,22 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
                 )
             return
         if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156]):
-            ending = next((ending for start, ending in _COMPRESSED.items() if not at and header.startswith(start)), "")
-            if ending:
-                raise ShardError(
-                    f"{where} is compressed; rename it so that it ends in {ending}, then `{UNPACK[ending]}` it"
-                )
-            raise ShardError(f"{where}: the tar header at byte {at} is damaged (its checksum is wrong)")
+            raise ShardError(f"{where}{_no_header(header, at)}")
         kind, size = header[156:157], _number(header[124:136])
         if size < 0:
             raise ShardError(f"{where}: the tar header at byte {at} is damaged (its size is {header[124:136]!r})")
         if kind in (b"L", b"x", b"X"):  # GNU's long name, pax attributes: of the next member
+            if size > _MAX_META_BYTES:
+                raise ShardError(f"{where}: the tar header at byte {at} is damaged (a name of {size} bytes)")
             data = stream.take(size)
             records = {"path": _until_nul(data)} if kind == b"L" else _pax_records(data)
             if records is None:
                 raise ShardError(f"{where}: the pax records behind the tar header at byte {at} are damaged")
             attributes |= records
-            stream.checksum(-size % _BLOCK)
+            stream.skip(-size % _BLOCK)
             continue
         if kind in (b"K", b"g"):  # the target of the next link, attributes of all members
-            stream.checksum(size + -size % _BLOCK)
+            stream.skip(size + -size % _BLOCK)
             continue
         name = attributes.get("GNU.sparse.name") or attributes.get("path") or _name(header)
         size = int(attributes.get("size", size))
@@ -119,16 +117,24 @@ def walk_tar(manifest: Manifest, fetch: Fetch, shard: int) -> Iterator[Member]:
         if form in (b"0", b"\0", b"7"):
             is_meta = name.lower().endswith(META_ENDINGS)
             offset = stream.position
-            data = stream.take(size if is_meta and size <= _MAX_META_BYTES else min(size, _HEAD_BYTES))
-            checksum = stream.checksum(size - len(data), crc32(data))
+            data, checksum = stream.read(size, size if is_meta and size <= _MAX_META_BYTES else _HEAD_BYTES)
             label, bad_label = _said(name, size, data) if is_meta else (None, "")
             yield Member(name, offset, size, checksum, data[:_HEAD_BYTES], label=label, bad_label=bad_label)
-            stream.checksum(-size % _BLOCK)
+            stream.skip(-size % _BLOCK)
         elif form not in (b"1", b"2", b"3", b"4", b"5", b"6"):  # what these say of a size is not to be believed
             more = kind == b"S" and header[482]  # the list of its parts goes on in blocks that the size does not count
             while more:
                 more = stream.take(_BLOCK)[504]
-            stream.checksum(size + -size % _BLOCK)
+            stream.skip(size + -size % _BLOCK)
+
+
+def _no_header(block: bytes, at: int) -> str:
+    """What is wrong where the checksum of a header is."""
+    ending = next((ending for start, ending in _COMPRESSED.items() if not at and block.startswith(start)), "")
+    if ending:
+        return f" is compressed; rename it so that it ends in {ending}, then `{UNPACK[ending]}` it"
+    no_tar = "" if at else f", or this is no tar: it begins with {block[:16]!r}"
+    return f": the tar header at byte {at} is damaged (its checksum is wrong){no_tar}"
 
 
 def _said(name: str, size: int, data: bytes) -> tuple[int | None, str]:
@@ -166,7 +172,7 @@ def _pax_records(data: bytes) -> dict[str, str] | None:
     """``<length> <key>=<value>\\n`` each, whose length in bytes is the whole record's; None if they are damaged."""
     records, at = dict[str, str](), 0
     while data[at : at + 1].strip(b"\0"):
-        length = re.compile(rb"([1-9][0-9]{0,8}) ").match(data, at)
+        length = _PAX_LENGTH.match(data, at)
         if not length:
             return None
         end = at + int(length[1])
@@ -196,7 +202,7 @@ def _number(digits: bytes) -> int:
     if digits[0] & 0x80:  # GNU: binary, for more than 8 GiB
         return int.from_bytes(digits[1:], "big")
     text = digits.partition(b"\0")[0].strip(b" ")
-    return int(text or b"0", 8) if re.fullmatch(rb"[0-7]*", text) else -1
+    return int(text or b"0", 8) if _OCTAL.fullmatch(text) else -1
 
 
 class _Stream:
@@ -215,10 +221,18 @@ class _Stream:
     def take(self, count: int) -> bytes:
         return b"".join(self._parts(count))
 
-    def checksum(self, count: int, value: int = 0) -> int:
+    def read(self, count: int, keep: int) -> tuple[bytes, int]:
+        """The first ``keep`` of the next bytes, and the CRC-32 of all."""
+        kept, checksum = b"", 0
         for part in self._parts(count):
-            value = crc32(part, value)
-        return value
+            kept += part[: keep - len(kept)]
+            checksum = crc32(part, checksum)
+        return kept, checksum
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes that nobody needs, without fetching them."""
+        self._check(count)
+        self.position += count
 
     def skip_zeros(self) -> int | None:
         """Where the first byte from here on lies that is not zero; None, at the end of the shard, if there is none."""
@@ -229,9 +243,12 @@ class _Stream:
             at += len(part)
         return None
 
-    def _parts(self, count: int) -> Iterator[memoryview]:
+    def _check(self, count: int) -> None:
         if count > self.left:
             raise ShardError(f"{self._where} ends inside the member at byte {self.position}: it is truncated")
+
+    def _parts(self, count: int) -> Iterator[memoryview]:
+        self._check(count)
         while count:
             at = self.position - self._chunk_start
             if at >= len(self._chunk):

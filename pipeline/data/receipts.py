@@ -7,7 +7,7 @@ stopped. A receipt counts only for the fingerprint of what its shard was made or
 import hashlib
 import json
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
@@ -58,7 +58,7 @@ class Receipts:
 
     def keep(self, rows: ShardRows, fingerprint: str) -> None:
         """For a later attempt."""
-        storage.write_bytes(storage.join(self._url, _name(rows.name, fingerprint)), json.dumps(asdict(rows)).encode())
+        storage.write_bytes(storage.join(self._url, _name(rows.name, fingerprint)), json.dumps(vars(rows)).encode())
 
     def clear(self) -> None:
         """The manifest is there."""

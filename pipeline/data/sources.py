@@ -18,7 +18,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -47,7 +46,7 @@ from pipeline.data.receipts import fingerprint
 from pipeline.data.splits import SPLIT_NAME, SPLIT_OF, split_of, splits_within
 from pipeline.data.writer import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Sample, ShardTask
 from pipeline.errors import UserError
-from pipeline.storage import Listed, StorageError
+from pipeline.storage import Listed
 
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2"),
@@ -297,19 +296,15 @@ def _folder(root: str, names: Mapping[str, str], split_by: str | None) -> Source
         raise SourceError(f"{root} is not there; give the folder in which the images lie")
     files = {PurePosixPath(name): file for name, file in storage.list_files(root).items()}
     images = [path for path in files if not _is_hidden(path) and path.suffix[1:].lower() in IMAGE_EXTENSIONS]
-    notes = _passed_over(files.keys() - set(images))
+    unread = _passed_over(files.keys() - set(images))
     if not images:
         raise SourceError(
             f"{root} holds no images; extensions that count are {', '.join(IMAGE_EXTENSIONS)}; it holds "
-            f"{'; '.join(notes) or 'no files'}"
+            f"{'; '.join(unread) or 'no files'}"
         )
     found = {path.parts[:-1] for path in images}
     layout = layout or infer_layout(found, names)
     places = read_layout(found, layout, names)
-    if template := deeper_classes(found, layout):
-        notes.append(
-            f"one class holds all folders; if these are the classes, --split-by {shlex.quote(template)} says so"
-        )
     class_names = tuple(sorted({name for _, name in places.values() if name}))
     labels = {name: label for label, name in enumerate(class_names)} | {"": -1}
     items = []
@@ -318,7 +313,25 @@ def _folder(root: str, names: Mapping[str, str], split_by: str | None) -> Source
         size, version = files[path].size, files[path].version
         origin = storage.join(root, str(path))
         items.append(Item(_key(path), path.suffix[1:].lower(), split, labels[name], size, origin, version))
-    return Source(items, class_names, _read_file, (*_unlabelled(items, class_names, {}), *notes))
+    doubts = _doubtful(items, class_names, deeper_classes(found, layout))
+    return Source(items, class_names, _read_file, (*_unlabelled(items, class_names, {}), *doubts, *unread))
+
+
+def _doubtful(items: list[Item], class_names: tuple[str, ...], deeper: str) -> list[str]:
+    """Notes on folders that count as classes and may be none, such as val/images beside train/cat and train/dog.
+
+    ``deeper``: the template by which the folders in the only class are the classes, if there are any.
+    """
+    trained = {item.label for item in items if item.split == "train"} - {-1}
+    elsewhere = {item.label for item in items} - trained - {-1}
+    notes = []
+    if len(class_names) == 1:
+        option = f"; if the folders in it are the classes, --split-by {shlex.quote(deeper)} says so" if deeper else ""
+        notes.append(f"{class_names[0]!r} is the only class{option}")
+    if trained and elsewhere:
+        names = listed(class_names[label] for label in elsewhere)
+        notes.append(f"classes without an image in the split 'train': {names}")
+    return notes
 
 
 def _is_hidden(path: PurePosixPath) -> bool:
@@ -361,6 +374,7 @@ def _table(url: str, names: Mapping[str, str]) -> Source:
     folder = url.rpartition("/")[0]
     items = []
     seen: dict[str, int] = {}
+    missing: list[str] = []
     for row, (path, label, split) in enumerate(zip(_texts(table, "path", url), labels, splits, strict=True), start=1):
         relative = PurePosixPath((path.partition("://")[2] or path).removeprefix("~").lstrip("/"))
         if not relative.suffix:
@@ -370,12 +384,19 @@ def _table(url: str, names: Mapping[str, str]) -> Source:
         first = seen.setdefault(_identity(origin), row)
         if first != row:
             raise SourceError(f"{url}, row {row}: {path} is listed twice; keep one row of each image, e.g. row {first}")
-        file = Listed(100_000, "")  # remote: asking for each takes too long; or missing: reading it tells
+        file = Listed(100_000, "")  # remote: asking for each takes too long, so reading it tells what is wrong
         if not storage.is_remote(origin):
-            with suppress(StorageError):
+            try:
                 file = storage.look_at(origin)
+            except storage.MissingError:
+                missing.append(path)
         extension = relative.suffix[1:].lower()
         items.append(Item(_key(relative), extension, split, numbers[label], file.size, origin, file.version))
+    if missing:
+        raise SourceError(
+            f"{url}: {len(missing):,} of {rows:,} images are not there, e.g. {missing[0]}; paths are relative to the "
+            "folder of the table, or absolute"
+        )
     unread = [name for name in table.column_names if name and name not in _COLUMNS]
     notes = [f"columns that are not read: {listed(unread)}"] if unread else []
     return Source(items, class_names, _read_file, (*_unlabelled(items, class_names, words), *notes))
@@ -461,7 +482,7 @@ def _splits(table: pa.Table, url: str, names: Mapping[str, str]) -> list[str]:
 
 def _texts(table: pa.Table, name: str, url: str) -> list[str]:
     column = table[name]
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if column.type not in (pa.string(), pa.large_string(), pa.string_view()):
         raise SourceError(f"{url}: the column {name!r} is of the type {column.type}; it must be text in UTF-8")
     values: list[str] = column.to_pylist()
     for row, value in enumerate(values, start=1):

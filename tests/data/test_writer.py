@@ -204,6 +204,8 @@ def test_a_held_out_share_is_cut_from_every_class_of_the_train_split_alone(tmp_p
 def test_what_cannot_be_held_out_is_named(tmp_path: Path, held_out: dict[str, float], words: str) -> None:
     rows = [f"{i}.png,{'train' if i < 20 else 'extra'}\n" for i in range(25)]
     (tmp_path / "t.csv").write_text("path,split\n" + "".join(rows))
+    for i in range(25):
+        (tmp_path / f"{i}.png").write_bytes(b"an image")
     with pytest.raises(SourceError, match=words):
         open_source(f"table:{tmp_path / 't.csv'}", 0.0, held_out)
 

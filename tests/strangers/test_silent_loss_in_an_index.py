@@ -151,11 +151,15 @@ def test_what_is_passed_over_is_counted_by_reason(tmp_path: Path, capsys: pytest
     [
         (
             images("scan.jpg", *(f"scan.{c}.jpg" for c in "abcdefghijkl")),
-            r"4 of 5 samples .*, more than 10%: 4 more kinds of companion images, e.g. scan\.[a-l]\.jpg in x\.tar",
+            r"4 of 5 samples .*, more than 10%: 4 companion images of other kinds, e\.g\. scan\.[a-l]\.jpg in x\.tar",
         ),
         (
             images(*(f"{i}.jpg" for i in range(20)), *(f"{i}.of{i}.jpg" for i in range(20))),
-            "12 of 32 samples .*: 12 more kinds of companion images, e.g. ",
+            "20 of 40 samples .*: 20 companion images told apart by a number, e.g. ",
+        ),
+        (
+            images(*(f"{i}.jpg" for i in range(20)), *(f"{i}.view{n}.jpg" for i in range(20) for n in range(4))),
+            "80 of 100 samples .*: 80 companion images told apart by a number.* Write a_view0.jpg for a.view0.jpg",
         ),
         (images("a.jpg", ".b.jpg", ".c.jpg"), r"2 of 3 samples .*: 2 hidden images, e\.g\. \.b\.jpg in x\.tar"),
         (
@@ -163,7 +167,7 @@ def test_what_is_passed_over_is_counted_by_reason(tmp_path: Path, capsys: pytest
             r"3 of 4 samples .*: 3 samples without an image, e\.g\. \S+ in x\.tar.* Formats that are read are jpg, ",
         ),
     ],
-    ids=["words of one image", "words of their own", "hidden", "formats"],
+    ids=["words of one image", "numbers of their own", "views", "hidden", "formats"],
 )
 def test_more_than_a_tenth_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], members: dict[str, bytes], lost: str
@@ -227,6 +231,17 @@ def test_compressed_shards_name_the_command_that_unpacks_them(
     assert index(tmp_path).split("validation").num_samples == 1
 
 
+def test_a_tar_that_is_not_sorted_names_the_option_that_sorts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = images(*(f"d/{i}.jpg" for i in "012")) | {f"d/{i}.cls": i.encode() for i in "012"}
+    write_tar(tmp_path / "x.tar", members.items())
+    (command,) = re.findall("the key 'd/0' comes at two places; pack it again with `(.*)`", refusal(tmp_path, capsys))
+    subprocess.run("mkdir new; tar -xf x.tar -C new", shell=True, check=True, cwd=tmp_path)
+    subprocess.run(f"{command} -cf x.tar -C new . && rm -r new", shell=True, check=True, cwd=tmp_path)
+    assert labels(index(tmp_path)) == {f"d/{i}": i for i in range(3)}
+
+
 def test_a_compressed_tar_that_is_called_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg("") + random.randbytes(1000))])
     (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
@@ -236,11 +251,21 @@ def test_a_compressed_tar_that_is_called_tar(tmp_path: Path, capsys: pytest.Capt
 def test_other_files_beside_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What may be a shard is told; what img2dataset writes is not; a packed copy of what is read is no error."""
     write_tar(tmp_path / "0.tar", images("a.jpg").items())
-    for name in ("0.tar.gz", "1.tar.aria2", "2.tar.tmp", "3.zip", "0.parquet", "0_stats.json", "notes.tart"):
+    (tmp_path / "0.tar").rename(tmp_path / "0.TAR")
+    for name in ("0.TAR.GZ", "1.tar.aria2", "2.tar.tmp", "3.zip", "0.parquet", "0_stats.json", "notes.tart"):
         (tmp_path / name).write_bytes(b"?")
     manifest = index(tmp_path)
     assert manifest.passed_over == {"files *.tar.gz": 1, "files *.tar.*": 2, "files *.zip": 1}
     assert re.search(r"2 files \*\.tar\.\*, e\.g\. [12]\.tar\.(aria2|tmp)", capsys.readouterr().out)
+
+
+def test_what_is_no_tar_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    (tmp_path / "b.tar.br").write_bytes(b"?")
+    assert "holds no *.tar, but 1 .zip, 1 .br; give the folder" in refusal(tmp_path, capsys)
+    assert "a folder is needed, and this is a file" in refusal(tmp_path / "a.zip", capsys)
+    (tmp_path / "c.tar").write_bytes(b"<html>404 Not Found</html>" * 40)
+    assert "or this is no tar: it begins with b'<html>404 Not" in refusal(tmp_path, capsys)
 
 
 def shards(folder: Path, *names: str) -> None:

@@ -285,13 +285,23 @@ def test_every_extension_that_counts_names_a_format_that_is_decoded(tmp_path: Pa
 def test_one_class_above_all_folders_is_told_with_the_option_that_goes_deeper(tmp_path: Path, capsys: Capture) -> None:
     source = tree(tmp_path / "in", "my images/cat/x.png", "my images/dog/y.png")
     assert written(source, tmp_path / "out")[1] == ("my images",)
-    (template,) = re.findall(r"if these are the classes, --split-by (.*) says so", capsys.readouterr().out)
+    told = r"'my images' is the only class; if the folders in it are the classes, --split-by (.*) says so"
+    (template,) = re.findall(told, capsys.readouterr().out)
     assert written(source, tmp_path / "deeper", "--split-by", *shlex.split(template))[1] == ("cat", "dog")
     source = tree(tmp_path / "two", "cat/train/x.png", "cat/val/y.png")
     written(source, tmp_path / "wrapped")
     written(source, tmp_path / "split", "--split-by", "{class}/{split}")
     written(source, tmp_path / "plain", "--split-by", "cat/{split}")
-    assert "if these are the classes" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "'cat' is the only class\n" in told
+    assert "if the folders in it" not in told
+
+
+def test_a_class_that_only_validation_has_is_told(tmp_path: Path, capsys: Capture) -> None:
+    """As in Tiny ImageNet, whose validation images all lie in one folder "images"."""
+    source = tree(tmp_path / "in", "train/cat/images/x.png", "train/dog/images/y.png", "val/images/z.png")
+    assert written(source, tmp_path / "out")[1] == ("cat", "dog", "images")
+    assert "classes without an image in the split 'train': 'images'\n" in capsys.readouterr().out
 
 
 def table(folder: Path, text: str | bytes, name: str = "t.csv") -> str:
@@ -364,6 +374,20 @@ def test_a_table_without_the_column_path_shows_what_it_has(tmp_path: Path, capsy
     assert "has the columns image;label; it needs one 'path'" in error
     error = refusal(capsys, table(tmp_path, "path,Label,label\n0.png,a,b\n"), tmp_path / "out")
     assert "may have one 'label'" in error
+
+
+def test_images_of_a_table_that_are_not_there_are_told_before_any_is_written(tmp_path: Path, capsys: Capture) -> None:
+    error = refusal(capsys, table(tmp_path, "path\n0.png\nimages/1.png\n/2.png\n"), tmp_path / "out")
+    assert "2 of 3 images are not there, e.g. images/1.png; paths are relative to the folder of the table" in error
+
+
+def test_a_parquet_of_string_views_is_read(tmp_path: Path) -> None:
+    source = table(tmp_path, b"", "t.parquet")
+    columns = {"path": ["0.png", "1.png"], "label": ["a", "b"]}
+    pq.write_table(
+        pa.table({name: pa.array(texts, pa.string_view()) for name, texts in columns.items()}), tmp_path / "t.parquet"
+    )
+    assert written(source, tmp_path / "out")[0] == {"train": ["0:a", "1:b"]}
 
 
 def test_columns_that_are_not_read_are_told(tmp_path: Path, capsys: Capture) -> None:
