@@ -22,7 +22,6 @@ from pipeline.errors import UserError, explained
 from pipeline.export import check_golden
 from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
-from pipeline.secrets import without_secrets
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def embed(arguments: argparse.Namespace) -> None:
 
     with TemporaryDirectory(prefix="parallax-pull-") as folder:
         registry = choose_to_read(arguments.tracking_uri)
-        print(f"registry {without_secrets(registry.uri)} (from {registry.source})")
+        print(f"registry {registry.uri} (from {registry.source})")
         pulled = pull(arguments.model, registry.uri, Path(folder) / "entry")
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
 

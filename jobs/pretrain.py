@@ -21,7 +21,6 @@ from pipeline.provenance import git_sha
 from pipeline.registry.register import register_run, registered
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Registration, Run, RunReport
-from pipeline.secrets import without_secrets
 from pipeline.storage import probe_writable
 
 
@@ -84,7 +83,7 @@ def train_and_evaluate(config: Config, manifest: Manifest, run: Run, tracker: Tr
     print(f"run {run.id}: " + (f"resuming after step {done}" if done else "starting"), flush=True)
     print(
         f"  {manifest.split('train').num_samples:,} training images, {config.cluster.num_workers} workers\n"
-        f"  tracking  {without_secrets(config.tracking_uri)} (from {config.tracking_source})",
+        f"  tracking  {config.tracking_uri} (from {config.tracking_source})",
         flush=True,
     )
     display = ProgressDisplay(config.train.global_batch_size)
@@ -123,7 +122,7 @@ dry run of {run.id}: everything is in place, nothing was trained
   one batch {tried.rows} images: loaded in {tried.load_s:.2f} s, loss {tried.loss:.4f}, step {tried.step_s:.2f} s
   ray       {ray}
   storage   {run.url}
-  tracking  {without_secrets(config.tracking_uri)} (from {config.tracking_source})
+  tracking  {config.tracking_uri} (from {config.tracking_source})
   registry  {config.registry.model_name}@{config.registry.alias}
   state     {f"would resume after step {step}" if (step := run.checkpoints.latest_step()) else "would start"}""")
 

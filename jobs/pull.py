@@ -14,7 +14,6 @@ from pipeline.errors import explained
 from pipeline.export import check_golden
 from pipeline.registry.address import choose_to_read
 from pipeline.registry.pull import pull
-from pipeline.secrets import without_secrets
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     arguments = parser.read()
     with explained():
         registry = choose_to_read(arguments.tracking_uri)
-        print(f"registry {without_secrets(registry.uri)} (from {registry.source})")
+        print(f"registry {registry.uri} (from {registry.source})")
         pulled = pull(arguments.model, registry.uri, arguments.out)
         check_golden(load_archive(pulled.folder / "data" / "model.pt2"), pulled.folder / "extra_files")
     print(f"""\

@@ -22,7 +22,6 @@ from pipeline.registry.register import register_run
 from pipeline.registry.sweeps import SweepTracker
 from pipeline.registry.tracking import Tracker, probe
 from pipeline.runs import Run
-from pipeline.secrets import without_secrets
 from pipeline.storage import probe_writable
 from pipeline.sweep.config import Sweep, load_sweep, overrides
 from pipeline.sweep.display import SweepDisplay
@@ -77,7 +76,7 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
         tracker.log_dataset(manifest.url, manifest.digest)
         results = results or sweep.no_results(sweep_id)
         print(f"sweep {sweep_id}: " + ("going on" if results.runs else "starting"))
-        print(f"  tracking  {without_secrets(base.tracking_uri)} (from {base.tracking_source})", flush=True)
+        print(f"  tracking  {base.tracking_uri} (from {base.tracking_source})", flush=True)
         display = SweepDisplay()
         runs = SweepTracker(tracker, sweep_id, sweep.config_of, manifest)
 
@@ -91,7 +90,7 @@ def run(sweep: Sweep, sweep_id: str, manifest: Manifest, folder: SweepFolder, re
                 runs.log(run_id, report)
 
         ledger = Ledger(folder, results, open_run=runs.begin, close_run=runs.end, on_change=display.show)
-        ledger.update(mlflow_run_id=tracker.mlflow_run_id, tracking_uri=without_secrets(base.tracking_uri))
+        ledger.update(mlflow_run_id=tracker.mlflow_run_id, tracking_uri=base.tracking_uri)
         with connected(base.cluster, {"storage.url": base.storage.url, "data.shards": base.shards_url}):
             try:
                 run_sweep(sweep, sweep_id, manifest, folder_url=folder.url, ledger=ledger, on_report=on_report)
@@ -163,7 +162,7 @@ def print_plan(sweep: Sweep, sweep_id: str) -> None:
     config, cluster = sweep.config, sweep.base.cluster
     ray = check_startup(cluster, cluster.num_workers * config.seeds)
     print(f"dry run of {sweep_id}: everything is in place, nothing was trained")
-    print(f"  tracking {without_secrets(sweep.base.tracking_uri)} (from {sweep.base.tracking_source})")
+    print(f"  tracking {sweep.base.tracking_uri} (from {sweep.base.tracking_source})")
     print(f"  searcher {config.searcher}, scheduler {config.scheduler.name}, {config.seeds} seeds, ", end="")
     print(f"{sweep.base.train.epochs} epochs of {sweep.steps_per_epoch(sweep.base)} steps")
     print(f"  ray {ray}")

@@ -37,7 +37,7 @@ class Origin(BaseModel):
     model_name: str
     model_version: int
     encoder_digest: str  # of all files of the registry entry
-    registry_uri: str  # without user and password
+    registry_uri: str
     data_digest: str  # the manifest's
 
     def differences(self, other: "Origin") -> tuple[str, str]:

@@ -6,7 +6,6 @@ ours writes down; what others say may still repeat it, so every error's message 
 """
 
 import functools
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,14 @@ _SHORTEST_IN_ENVIRONMENT = 6  # characters: a shorter value ("minio") stands for
 
 # Each alternative is matched against a name as _NAME_IN_WORDS_: DB_PASSWD and dbPasswd are _DB_PASSWD_.
 _SECRET_NAME = re.compile(
-    r"PASSW(OR)?D|PASSPHRASE|PWD_|_PASS_$|SECRET|TOKEN_$|CREDENTIAL|_PAT_$|_SAS_|API_?KEY|"
+    r"PASSW(OR)?D|PASSPHRASE|PWD_|_PASS_$|_PW_$|_CREDS_$|SECRET|TOKEN_$|CREDENTIAL|_PAT_$|_SAS_|API_?KEY|"
     r"(ACCESS|PRIVATE|STORAGE|ACCOUNT|SHARED|SIGNING|ENCRYPTION)_?KEY|CONN(ECTION)?_?STR(ING)?_$|_AUTH_$|"
     r"AUTHORIZATION|COOKIE_|_JWT_|_SIG_$|SIGNATURE_$"
 )
-_NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|APPLICATION_CREDENTIALS)_$")  # where one lies
+# Where one lies, or what transformers call tokens.
+_NO_SECRET_NAME = re.compile(
+    r"_(FILE|PATH|DIR|URI|APPLICATION_CREDENTIALS|LENGTH)_$|_DISABLE_|_(CLASS|CLS|MASK|DIST|REG|PAD)_TOKEN_$"
+)
 
 _SECRET_VALUES = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:[^-]*-----END [A-Z ]*-----|.*)",
@@ -32,9 +34,11 @@ _SECRET_VALUES = {
     "a GitLab token": r"\bglpat-[\w-]{20,}",
     "a Hugging Face token": r"\bhf_[0-9A-Za-z]{20,}",
     "a Slack token": r"\bxox[abeoprs]-[\w-]{10,}|hooks\.slack\.com/services/[\w/]+",
+    "a webhook": r"\bdiscord(?:app)?\.com/api/webhooks/[\w/-]+",
+    "a password before a host": r"(?<![\w/.@:+-])[^\s/@:'\"=]{1,100}:[^\s/@:'\"]{1,100}@[\w.-]{1,100}:\d{1,5}(?![\w.])",
     "a Google key": r"\bAIza[\w-]{35}|\bya29\.[\w-]{20,}",
     "an API key": r"\bsk-[0-9A-Za-z]{32,}|\bsk-(?:ant|proj|svcacct)-[\w-]{20,}|\b[rs]k_live_[0-9A-Za-z]{16,}|"
-    r"\bdapi[0-9a-f]{32}\b|\bnpm_[0-9A-Za-z]{36}\b|\bpypi-AgE[\w-]{16,}",
+    r"\b(?:gsk|glsa|dop_v1|wandb_v1)_\w{20,}|\bdapi[0-9a-f]{32}\b|\bnpm_[0-9A-Za-z]{36}\b|\bpypi-AgE[\w-]{16,}",
     "a bearer token": r"(?i:\bauthorization:\s*\w+\s+|\bbearer\s+(?=\S*\d))[\w.~+/=-]{6,}",
 }
 _KINDS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in _SECRET_VALUES.items()}
@@ -42,7 +46,7 @@ _KINDS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in _SECRET_VALU
 # scheme://user:password@host. A password with a raw / or # ends what URLs call the host; a port does not begin one.
 _USER_INFO = re.compile(
     r"(?<![\w+.-])(?P<scheme>[A-Za-z][\w+.-]{0,40})://"
-    r"(?P<user_info>[^\s/?#'\"]{1,500}|[^\s/?#'\"@:\[]{0,100}:(?!:|\d+[/?#])[^\s'\"]{1,500})@"
+    r"(?P<user_info>[^\s/?#'\"]{1,500}|(?!arn:)[^\s/?#'\"@:\[]{0,100}:(?!:|\d+[/?#])[^\s'\"]{1,500})@"
 )
 # name=value of command lines, URLs and connection strings, and name: value of YAML, JSON and Python, but not of prose.
 # The value is looked at ahead, because it may be a pair itself: tracking.uri=token=abc.
@@ -82,7 +86,7 @@ def secret_in(text: str) -> str | None:
             return kind
     if any(_is_secret_user_info(match) for match in _USER_INFO.finditer(text)):
         return "a password or token in a URL"
-    pair = _secret_pair(text)
+    pair = next((match for pattern in _PAIRS for match in pattern.finditer(text) if _is_secret_pair(match)), None)
     return pair and f"a value of {pair['name']}"
 
 
@@ -115,8 +119,8 @@ def without_secrets(text: str) -> str:
     for pattern in _KINDS.values():
         text = pattern.sub(HIDDEN, text)
     text = _USER_INFO.sub(lambda m: f"{m['scheme']}://{HIDDEN}@" if _is_secret_user_info(m) else m[0], text)
-    while (pair := _secret_pair(text)) is not None:
-        text = text[: pair.start("value")] + HIDDEN + text[pair.end("value") :]
+    for pattern in _PAIRS:
+        text = _without_pairs(pattern, text)
     return text
 
 
@@ -143,9 +147,17 @@ def _is_secret_user_info(match: re.Match[str]) -> bool:
     return match["user_info"] != HIDDEN and bool(password if colon else match["scheme"].startswith("http"))
 
 
-def _secret_pair(text: str) -> re.Match[str] | None:
-    pairs = itertools.chain.from_iterable(pattern.finditer(text) for pattern in _PAIRS)
-    return next((m for m in pairs if is_secret_name(m["name"]) and not _NO_SECRET.fullmatch(m["value"])), None)
+def _is_secret_pair(match: re.Match[str]) -> bool:
+    return is_secret_name(match["name"]) and not _NO_SECRET.fullmatch(match["value"])
+
+
+def _without_pairs(pattern: re.Pattern[str], text: str) -> str:
+    parts, end = [], 0
+    for match in pattern.finditer(text):
+        if match.start("value") >= end and _is_secret_pair(match):  # else part of a value that is hidden already
+            parts += [text[end : match.start("value")], HIDDEN]
+            end = match.end("value")
+    return "".join([*parts, text[end:]])
 
 
 def _environment_secrets() -> list[str]:

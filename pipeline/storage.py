@@ -59,7 +59,10 @@ def is_remote(url: str) -> bool:
 
 def resolve(url: str) -> str:
     """An absolute local path, or ``scheme://...`` untouched (without trailing slashes)."""
-    return url.rstrip("/") if is_remote(url) else str(_local(url))
+    if not is_remote(url):
+        return str(_local(url))
+    scheme, _, path = url.partition("://")
+    return f"{scheme}://{path.rstrip('/')}"
 
 
 def join(url: str, *parts: str) -> str:
@@ -319,9 +322,17 @@ def _local(url: str) -> Path:
         if not path.startswith("/"):
             raise StorageError(f"{url} names a file of another host; a local file has three slashes, file:///folder/x")
         return Path(path)
-    if scheme := re.match(r"([a-z][a-z0-9+]*):/", url):
-        raise StorageError(f"{url} is neither a path nor a URL: one slash is missing after {scheme[1]}:/")
-    return Path(url).expanduser().absolute()
+    if re.match(r"[a-z][a-z0-9+]*:/|(file|s3a?|gs|gcs|az|abfss?|hdfs):", url):
+        raise StorageError(
+            f"{url} is neither a path nor a URL; a bucket's has two slashes, s3://bucket/folder, a local file's three, "
+            f"file:///folder/x, and a folder of that very name is ./{url}"
+        )
+    try:
+        return Path(url).expanduser().absolute()
+    except RuntimeError as error:
+        raise StorageError(f"{url}: {url.partition('/')[0]} is nobody's home directory; write the path out") from error
+    except FileNotFoundError as error:
+        raise StorageError(f"{url} is a path from a working directory that was deleted; change to another") from error
 
 
 @contextmanager

@@ -18,8 +18,11 @@ class S3:
 
 @pytest.fixture(autouse=True)
 def no_registry_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the person who runs the tests has set is not where their runs are tracked."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    """What the person who runs the tests has set is not where their runs are tracked. A test may set all of these, also
+    by pipeline/registry/address.py, which moves a password into the last two."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that it is taken back afterwards
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -56,8 +56,8 @@ def ray_job(
     """
     _refuse_what_pods_cannot_reach(config)
     for argument, value in {"worker_memory_gib": worker_memory_gib, "deadline_h": deadline_h}.items():
-        if value <= 0:
-            raise ConfigError(f"{argument}={value:g} must be above 0, e.g. 16")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{argument}={value:g} must be a number above 0, e.g. 16")
     pods = _pods(config, workers_per_pod)
     cluster = config.cluster
     gpus = round(workers_per_pod * cluster.gpus_per_worker)
@@ -74,7 +74,7 @@ def ray_job(
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _KEEP_S,
-            "activeDeadlineSeconds": round(deadline_h * 3600),
+            "activeDeadlineSeconds": math.ceil(deadline_h * 3600),
             "backoffLimit": _CLUSTER_RETRIES,
             "submitterConfig": {"backoffLimit": _SUBMITTER_RETRIES},
             "rayClusterSpec": {

@@ -1,10 +1,12 @@
 """Where runs are tracked: one order of precedence for every job, and sqlite files whose paths hold any character.
 
-The option or the config's key comes first, then MLFLOW_TRACKING_URI, then the default. Addresses are saved and shown,
-so credentials in the variable's URI go where MLflow looks for them besides. Nothing here imports MLflow.
+The option or the config's key comes first, then MLFLOW_TRACKING_URI, then the default. Addresses are saved and
+shown, so none holds a secret: user and password of the variable's URI move into MLflow's own variables. Nothing here
+imports MLflow.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -34,34 +36,39 @@ def default_uri(storage_url: str = ".parallax") -> str:
 
 
 def choose(given: str, key: str, default: str) -> Address:
-    """What ``key`` was given, else $MLFLOW_TRACKING_URI, else the default. RegistryError names the culprit."""
-    variable = os.environ.get(VARIABLE, "")
+    """What ``key`` was given, else $MLFLOW_TRACKING_URI, else the default. RegistryError names the culprit.
+
+    Where it is the variable's, MLFLOW_TRACKING_USERNAME and _PASSWORD hold its user and password from now on.
+    """
+    address = _first(given, key, default)
+    if address.source == VARIABLE:
+        os.environ.update(_without_credentials(os.environ[VARIABLE])[1])
+    return address
+
+
+def _first(given: str, key: str, default: str) -> Address:
+    variable, _ = _without_credentials(os.environ.get(VARIABLE, ""))
     source = key if given else VARIABLE if variable else "the default"
     try:
-        return Address(normalized(given or _without_credentials(variable) or default), source)
+        return Address(normalized(given or variable or default), source)
     except RegistryError as error:
         raise RegistryError(f"{source}={error}") from error
 
 
-def _without_credentials(uri: str) -> str:
-    """The variable's URI less its user and password, which MLFLOW_TRACKING_USERNAME and _PASSWORD hold from now on."""
-    parts = urlsplit(uri)
-    if not uri.startswith(("http://", "https://")) or "@" not in parts.netloc:
-        return uri
-    if not (parts.username and parts.password):
-        raise RegistryError(
-            f"{uri!r} holds a user without a password, or a token; set MLFLOW_TRACKING_TOKEN, or "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the URI"
-        )
-    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
-    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password))
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def _without_credentials(uri: str) -> tuple[str, dict[str, str]]:
+    """A URI less its user and password, and the variables for these. One that has not both is left as it is."""
+    match = re.fullmatch(r"(?P<scheme>https?://)(?P<user>[^/?#:]+):(?P<password>[^/?#]+)@(?P<rest>[^@]+)", uri)
+    if match is None:
+        return uri, {}
+    user, password = unquote(match["user"]), unquote(match["password"])
+    variables = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    return match["scheme"] + match["rest"], variables
 
 
 def source_of(uri: str, key: str, default: str) -> str:
     """What ``choose`` took ``uri`` from; where two places say the same, the one that counts without the key."""
     try:
-        fallback = choose("", key, default)
+        fallback = _first("", key, default)
     except RegistryError:  # a variable that is wrong, and was not looked at
         return key
     return fallback.source if fallback.uri == uri else key
@@ -71,7 +78,7 @@ def choose_to_read(option: str | None) -> Address:
     """The address of a job that reads the registry. RegistryError names the places that were looked at."""
     address = choose(option or "", "--tracking-uri", default_uri())
     path = sqlite_path(address.uri)
-    if path is None or path.exists():
+    if path is None or os.path.exists(path):
         return address
     if address.source == "the default":
         raise RegistryError(
@@ -87,6 +94,7 @@ def choose_to_read(option: str | None) -> Address:
 def normalized(uri: str) -> str:
     """The same address with an absolute path and no trailing slash. RegistryError on one that cannot work."""
     if uri.startswith(("http://", "https://")):
+        _check_server(uri)
         return uri.rstrip("/")
     path = sqlite_path(uri)
     if path is None:
@@ -94,6 +102,20 @@ def normalized(uri: str) -> str:
             f"{uri!r} is neither a server nor a sqlite file; e.g. http://127.0.0.1:5000 or sqlite:////home/me/mlflow.db"
         )
     return sqlite_uri(path)
+
+
+def _check_server(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        is_address = bool(parts.hostname) and parts.port != 0
+        is_root = is_address and not (parts.query or parts.fragment or "@" in parts.netloc)
+    except ValueError:  # its text would repeat what may be half a password
+        is_root = False
+    if not is_root:
+        raise RegistryError(
+            f"{uri!r} is not the root of a server, without user, token, query and '#'; e.g. http://127.0.0.1:5000. Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, where it asks for them"
+        ) from None
 
 
 def sqlite_path(uri: str) -> Path | None:

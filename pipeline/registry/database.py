@@ -40,6 +40,8 @@ _logger = logging.getLogger(__name__)
 def prepare(path: Path) -> None:
     """Make the database if there is none; RegistryError unless MLflow can work with the one that is there."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device has no bytes either, and would be replaced
+            raise RegistryError(f"{path} cannot be read as a sqlite database: it is no file; name a file")
         if not _is_there(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path):
@@ -53,7 +55,7 @@ def prepare(path: Path) -> None:
 
 def rehearse(path: Path) -> None:
     """What ``prepare`` would do where there is no database, in a folder that is gone afterwards."""
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
     try:
         with tempfile.TemporaryDirectory(prefix=".parallax-probe-", dir=folder) as scratch:
             _migrate(Path(scratch) / path.name)
@@ -91,6 +93,7 @@ def _migrate(path: Path) -> None:
     uri = sqlite_uri(path)
     if make_url(uri).database != str(path):
         raise RegistryError(f"SQLAlchemy cannot open {path}: use a path without % and ?, or SQLAlchemy 2.1 or newer")
+    path.touch()  # where it cannot be made MLflow would try ten times, over 100 s
     store = SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
     store.engine.dispose()
 

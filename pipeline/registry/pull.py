@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -28,7 +27,7 @@ class Resolved(NamedTuple):
     version: int
     source: str  # models:/m-..., the LoggedModel that the version points at
     digest: str  # of all its files, as they were registered
-    registry_uri: str  # without user and password
+    registry_uri: str
 
 
 class Pulled(NamedTuple):
@@ -37,7 +36,7 @@ class Pulled(NamedTuple):
     name: str
     version: int
     digest: str  # of all its files
-    registry_uri: str  # without user and password
+    registry_uri: str
     folder: Path  # MLmodel, data/model.pt2, extra_files/
 
 
@@ -69,8 +68,7 @@ def resolve(model_uri: str, tracking_uri: str) -> Resolved:
             "was registered with: other code than this registered it, or the tag was deleted; name another version, or "
             "submit the run that trained it again, which registers a new one"
         )
-    registry_uri = _without_user(client.tracking_uri)
-    return Resolved(name, int(found.version), found.source, found.tags[FILES_TAG], registry_uri)
+    return Resolved(name, int(found.version), found.source, found.tags[FILES_TAG], client.tracking_uri)
 
 
 def pull(model_uri: str, tracking_uri: str, out_dir: Path) -> Pulled:
@@ -111,12 +109,6 @@ def _what_exists(client: MlflowClient, name: str) -> str:
     aliases = ", ".join(f"@{alias} (version {version})" for alias, version in models[name].aliases.items())
     numbers = ", ".join(sorted((str(version.version) for version in versions), key=int))
     return f"aliases of {name}: {aliases or 'none'}; versions: {numbers or 'none'}"
-
-
-def _without_user(uri: str) -> str:
-    """Users and passwords stay out of what is written down; a registry is the same one for every user."""
-    netloc = urlsplit(uri).netloc
-    return uri.replace(netloc, netloc.rpartition("@")[2], 1)
 
 
 def _free(taken: Path) -> Path:

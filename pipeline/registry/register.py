@@ -30,7 +30,6 @@ from pipeline.registry.address import RegistryError
 from pipeline.registry.entry import ARCHIVE, EXTRA_FILES, FILES_TAG, fetch, seal
 from pipeline.registry.tracking import connect, server_errors
 from pipeline.runs import Registration, Run
-from pipeline.secrets import without_secrets
 
 DIGEST_TAG = "parallax.export_digest"  # which encoder it is; entry.FILES_TAG says which files it came as
 
@@ -89,7 +88,7 @@ def register_run(run: Run, mlflow_run_id: str, tags: Mapping[str, str]) -> Regis
             },
         )
     registration = Registration(
-        tracking_uri=without_secrets(config.tracking_uri),
+        tracking_uri=config.tracking_uri,
         mlflow_run_id=mlflow_run_id,
         name=entry.name,
         version=str(entry.version),

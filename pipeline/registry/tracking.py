@@ -66,7 +66,7 @@ def connect(tracking_uri: str, *, must_exist: bool = False) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a stack trace beside what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
     if path := sqlite_path(uri):
-        if must_exist and not path.exists():
+        if must_exist and not os.path.exists(path):
             raise RegistryError(
                 f"tracking URI {tracking_uri}: there is no file {path}; name the one that runs were tracked in"
             )
@@ -97,7 +97,7 @@ def probe(tracking_uri: str, experiment: str, *, rehearse: bool = False) -> None
     path = sqlite_path(uri)
     if path is None:
         _probe_server(uri)
-    elif path.exists():
+    elif os.path.exists(path):  # a name that is too long is none
         database.check_writable(path)
     elif rehearse:
         with server_errors(uri):
@@ -126,8 +126,8 @@ def _probe_server(tracking_uri: str) -> None:
         )
     except MlflowException as error:
         raise RegistryError(
-            f"no MLflow server answers at tracking.uri={tracking_uri} ({_reason(error)}); start one with "
-            "`mlflow server`, correct the address, or leave tracking.uri empty to track in a local sqlite file"
+            f"no MLflow server answers at {tracking_uri} ({_reason(error)}); start one with `mlflow server`, correct "
+            "the address (tracking.uri or MLFLOW_TRACKING_URI), or leave it out to track in a local sqlite file"
         ) from error
     if answer.status_code in (401, 403):
         raise RegistryError(
@@ -173,7 +173,7 @@ class Tracker:
         # A metric's last logged step. Replayed steps are dropped: MLflow would keep both points.
         self._last_step: dict[str, int] = {m.key: m.step for m in run.data.to_proto().metrics}
         self._logged: dict[str, float] = run.data.metrics  # before this tracker
-        self._uri = redacted(tracking_uri)  # for messages
+        self._uri = tracking_uri  # for messages
         self._buffer: list[Metric] = []
         self._next_flush = time.monotonic() + _FLUSH_INTERVAL_S
 

@@ -1,8 +1,8 @@
 """The RayJob: KubeRay's own rules, no secret inside, the config arrives whole, and the shipped example is current."""
 
+import math
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs import rayjob
 from pipeline.cluster.kuberay import ray_job
 from pipeline.config import Config, ConfigError, load_config
 
@@ -32,11 +33,13 @@ def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
     return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
 
 
-def test_the_shipped_example_is_what_the_command_renders():
-    command = [sys.executable, "-m", "jobs.rayjob", *shlex.split(EXAMPLE_ARGUMENTS)]
-    rendered = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert rendered.returncode == 0, rendered.stderr
-    assert rendered.stdout == EXAMPLE.read_text(), (
+def test_the_shipped_example_is_what_the_command_renders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["jobs.rayjob", *shlex.split(EXAMPLE_ARGUMENTS)])
+    rayjob.main()
+    assert capsys.readouterr().out == EXAMPLE.read_text(), (
         f"render it again: python -m jobs.rayjob {EXAMPLE_ARGUMENTS} > {EXAMPLE.relative_to(REPOSITORY)}"
     )
 
@@ -135,7 +138,9 @@ def test_every_name_a_config_may_have_makes_a_valid_job_name(given: str):
         (["cluster.address=10.0.0.1:6379"], {}, r"cluster\.address=10\.0\.0\.1:6379 .*leave it out"),
         ([], {"workers_per_pod": 3}, r"3 workers a pod .*cluster\.num_workers=2; numbers that work: 1, 2"),
         ([], {"workers_per_pod": 0}, r"numbers that work: 1, 2"),
-        ([], {"deadline_h": 0}, r"deadline_h=0 must be above 0"),
+        ([], {"deadline_h": 0}, r"deadline_h=0 must be a number above 0"),
+        ([], {"deadline_h": math.nan}, r"deadline_h=nan must be a number above 0"),
+        ([], {"deadline_h": math.inf}, r"deadline_h=inf must be a number above 0"),
         (["cluster.gpus_per_worker=0.3"], {}, r"make 0\.3 GPUs a pod, and Kubernetes gives whole ones"),
     ],
 )

@@ -136,8 +136,11 @@ def test_tune_stores_a_sweep_where_we_look_for_it(s3: S3, tmp_path: Path) -> Non
         ("s3://b/x?versionId=3/y", "'?versionId=', where s3fs cuts a key off"),
         ("s3://", "names no bucket; e.g. s3://bucket/folder"),
         ("s3:///x", "names no bucket"),
-        ("s3:/b/x", "one slash is missing after s3:/"),
+        ("s3:/b/x", "a bucket's has two slashes, s3://bucket/folder"),
+        ("s3:b/x", "a folder of that very name is ./s3:b/x"),
+        ("file:/x", "a local file's three, file:///folder/x"),
         ("file://data/x", "file:///folder/x"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name is nobody's home directory"),
     ],
 )
 def test_a_url_that_nothing_can_keep_is_refused_with_the_reason(url: str, words: str) -> None:
@@ -145,8 +148,22 @@ def test_a_url_that_nothing_can_keep_is_refused_with_the_reason(url: str, words:
     for call in [*calls, lambda url: storage.write_bytes(url, b"")]:
         with pytest.raises(StorageError) as caught:
             call(url)
-        assert str(caught.value).startswith(f"{url} ")
+        assert str(caught.value).startswith(url)
         assert words in str(caught.value)
+
+
+def test_a_scheme_alone_never_becomes_a_folder() -> None:
+    """Without its slashes ``s3://`` was the folder ``s3:`` here."""
+    for url, kept in [("s3://", "s3://"), ("s3:///", "s3://"), ("memory://", "memory://"), ("s3://b/x//", "s3://b/x")]:
+        assert quickstart(f"storage.url={url}").storage.url == kept
+
+
+def test_a_working_directory_that_was_deleted_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(StorageError, match="working directory that was deleted"):
+        quickstart("storage.url=here")
 
 
 def test_a_listing_leaves_out_the_marks_of_folders_and_refuses_what_it_cannot_name(s3: S3) -> None:

@@ -20,6 +20,7 @@ from pipeline.cluster.kuberay import ray_job
 from pipeline.config import ClusterConfig, Config, ConfigError, load_config
 from pipeline.errors import UserError
 from pipeline.model_card import ModelCard
+from pipeline.registry.address import choose
 from pipeline.registry.tracking import Tracker
 from pipeline.secrets import HIDDEN, is_secret_name, objections, redacted, secret_in, without_secrets
 from pipeline.sweep.config import load_sweep
@@ -48,10 +49,13 @@ BY_VALUE = {
     "API key": f"sk-proj-{PLANTED}0123456789",
     "connection string": f"DefaultEndpointsProtocol=https;AccountName=a;AccountKey={PLANTED}==",
     "bearer token": f"Authorization: Bearer {PLANTED}",
+    "password without a scheme": f"me:{PLANTED}@proxy:3128",
+    "webhook": f"https://discord.com/api/webhooks/1/{PLANTED}",
 }
 BY_NAME = [
     "AZURE_STORAGE_KEY", "DB_PASSWD", "GH_PAT", "MYSQL_PWD", "PGPASSWORD", "SAS", "AZURE_STORAGE_CONNECTION_STRING",
-    "HF_TOKEN", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "clientSecret", "SMTP_PASS", "SSH_PRIVATE_KEY", "BASIC_AUTH",
+    "HF_TOKEN", "DB_PW", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "clientSecret", "SMTP_PASS", "SSH_PRIVATE_KEY",
+    "BASIC_AUTH",
 ]  # fmt: skip
 STRINGS = (
     "storage.url", "data.shards", "data.source", "tracking.uri", "tracking.experiment", "method.name",
@@ -64,6 +68,8 @@ HARMLESS = [
     "d41d8cd98f00b204e9800998ecf8427e", "quickstart-0123456789", "vit_small_patch16_224.augreg_in21k", "token",
     "/home/me/sk-learn-digits-dataset-of-2026-v2", "task-resnet50-pretraining-large-256", "http://proxy:3128",
     "basic authentication-module", "models:/parallax-encoder@champion", "a@b.c", "user:password", "3.5",
+    "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/mine/x@y", "vit class_token=cls", "jane.doe@uni.edu: first try",
+    "registry:5000/parallax@sha256:" + 32 * "0f", "me/parallax:test@sha256:" + 32 * "0f", "http://h:5000/p:q@r:80",
 ]  # fmt: skip
 
 
@@ -157,7 +163,12 @@ def test_what_is_harmless_passes(tmp_path: Path) -> None:
     keys = [key for path in sorted(Path("configs/pretrain").glob("*.yaml")) for key in load_config(path).flat()]
     assert [key for key in keys if any(map(is_secret_name, key.split(".")))] == []
     fine = {"NCCL_DEBUG": "INFO", "TOKENIZERS_PARALLELISM": "false", "HTTPS_PROXY": "http://proxy:3128", "PWD": "/home"}
-    fine |= {"GOOGLE_APPLICATION_CREDENTIALS": "/keys/gcp.json", "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token"}
+    fine |= {
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "MAX_TOKEN_LENGTH": "77",
+        "GOOGLE_APPLICATION_CREDENTIALS": "/keys/gcp.json",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token",
+    }
     assert ClusterConfig(env=fine).env == fine
     switches = ["model.name=vit_small_patch16_224", "model.args={class_token: true, reg_tokens: 4, global_pool: token}"]
     assert load_config(QUICKSTART, [*switches, "model.image_size=224"]).model.args["reg_tokens"] == 4
@@ -234,14 +245,15 @@ def test_the_registry_is_told_no_secret(
 ) -> None:
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
-    with Tracker(planted["MLFLOW_TRACKING_URI"], "secrets", "r-1", {"from": BY_VALUE["token in a URL"]}) as tracker:
+    uri = choose("", "--tracking-uri", "").uri
+    with Tracker(uri, "secrets", "r-1", {"from": BY_VALUE["token in a URL"]}) as tracker:
         tracker.log_config({f"a.{i}": secret for i, secret in enumerate(BY_VALUE.values())})
         tracker.log_config({"cluster.env.DB_PASSWD": PLANTED})
         tracker.log_dataset(BY_VALUE["Azure SAS"], "0" * 64)
     assert b"cluster.env.DB_PASSWD" in Path(mlflow_server.folder, "mlflow.db").read_bytes()
     refused(monkeypatch, pull.main, "job", "models:/nobody/1", "--out", str(tmp_path / "out"))
     printed = "".join(capsys.readouterr())
-    assert f"not in the registry at http://{HIDDEN}@127.0.0.1" in printed
+    assert f"not in the registry at {mlflow_server.uri}" in printed
     assert holders_of_secrets(printed, mlflow_server.folder) == []
 
 
