@@ -256,7 +256,7 @@ def test_a_run_whose_version_was_deleted_is_not_complete(local: str, bundles: Bu
     name = tmp_path.name
     overrides = [f"storage.url={tmp_path}", f"tracking.uri={local}", f"registry.model_name={name}"]
     run = Run(load_config(str(CONFIG), overrides), "d" * 64)
-    run.save_encoder(of_another_run(bundles.good, tmp_path / "bundle", name))
+    run.save_encoder(of_another_run(bundles.good, tmp_path / "bundle", run.id))
     with Tracker(local, "strangers", run.id) as tracker:
         first = register_run(run, tracker.mlflow_run_id, tags={})
         assert registered(run) == first
