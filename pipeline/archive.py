@@ -35,6 +35,7 @@ _MAX_JSON_DEPTH = 32  # levit_128 has 11
 _MAX_NODES = 10_000  # of the graph: 5 ms each; swin_tiny has 587
 _MAX_SIZES = 20_000  # expressions: 0.2 ms each
 _MAX_SYMBOLS = 16
+_MAX_DIMS = 16  # swin_tiny has 6; with 200,000 torch loads for a minute
 _INT64 = range(-(2**63), 2**63)
 
 _TEXT_RECORDS = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id", "version"}
@@ -46,7 +47,8 @@ _CONFIG_RECORDS = {  # -> where the tensors lie that they list
 }
 _TENSOR_RECORD = re.compile(r"data/(weights/weight|constants/tensor)_\d+")
 
-_ATEN_TARGET = re.compile(r"torch\.ops\.aten\.(?!__)(?!from_file\b)(\w+)\.(?!__)(\w+)")  # from_file reads the disk
+# from_file reads the disk; _sparse_coo_tensor_unsafe takes indices at their word, and to_dense writes where they point.
+_ATEN_TARGET = re.compile(r"torch\.ops\.aten\.(?!__|from_file\b|\w*(?:sparse|unsafe))(\w+)\.(?!__)(\w+)")
 _SCALAR_TARGETS = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|eq|ne|lt|le|gt|ge|getitem)"  # pow: 9**9**9**9
     r"|torch\.sym_(float|int|max|min|not|sqrt|ite)"
@@ -236,6 +238,8 @@ def _check_plain(key: str, value: Any) -> None:
     for text in (key, value):
         if isinstance(text, str) and not _PLAIN_TEXT.fullmatch(text):
             raise ArchiveError(f"model.pt2 holds {text[:80]!r}, where a name or a number should be")
+    if key in ("sizes", "strides") and isinstance(value, list) and len(value) > _MAX_DIMS:
+        raise ArchiveError(f"a tensor in model.pt2 has {len(value)} dimensions, at most {_MAX_DIMS} are loaded")
     if isinstance(value, int) and value not in _INT64:
         raise ArchiveError(f"a number in model.pt2 has {value.bit_length()} bits, more than 64")
 

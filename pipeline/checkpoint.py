@@ -12,7 +12,6 @@ read, and its step is compared.
 import hashlib
 import io
 import json
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
@@ -143,7 +142,7 @@ class CheckpointStore:
     def _unpickled(self, step: int, payload: bytes) -> TrainState:
         try:
             state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # what torch stumbles over in a damaged pickle has any type
             raise self._unreadable(step, f"{self._payload_url(step)} is no state of a run: {error}") from error
         if not isinstance(state, dict) or not state.keys() >= TrainState.__required_keys__:
             raise self._unreadable(step, f"{self._payload_url(step)} is no state of a run")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_problem
 
 HEADER = "_embeddings.json"  # Parquet readers skip names with an underscore
 _METADATA_KEY = b"parallax.embeddings"
@@ -93,8 +93,9 @@ def claim(out_url: str, origin: Origin, data_url: str) -> None:
         found = _Header.model_validate_json(storage.read_bytes(url))
     except ValidationError as error:
         raise EmbedError(
-            f"{url} is damaged, so nothing says what these embeddings were made from: {_problem(error)}; delete that "
-            "file and run the same command again, which makes it anew and checks every other file of the folder"
+            f"{url} is damaged or from an older version, so nothing says what these embeddings were made from: "
+            f"{first_problem(error)}; delete that file and run the same command again, which makes it anew and checks "
+            "every other file of the folder, or name another folder, if an older version wrote them all"
         ) from error
     here, wanted = found.differences(origin)
     if here:
@@ -164,8 +165,8 @@ def _footer(url: str, size: int, origin: Origin, manifest: Manifest, shard: int)
         found = _OfShard.model_validate_json(text)
     except ValidationError as error:
         raise EmbedError(
-            f"{url} does not say what its embeddings were made from ({_problem(error)}); delete it and its shard is "
-            "embedded again, or name another folder"
+            f"{url} does not say what its embeddings were made from ({first_problem(error)}); delete it and its shard "
+            "is embedded again, or name another folder"
         ) from error
     name, count = manifest.shards.name[shard], int(manifest.shards.count[shard])
     here, expected = found.differences(origin)
@@ -183,8 +184,3 @@ def _footer(url: str, size: int, origin: Origin, manifest: Manifest, shard: int)
 def _data_bytes(parquet: pq.FileMetaData) -> int:
     groups = (parquet.row_group(i) for i in range(parquet.num_row_groups))
     return sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
-
-
-def _problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 from pipeline.secrets import redacted
 
 
@@ -20,6 +22,12 @@ class UserError(Exception):
 
 class DeterministicError(UserError):
     """The same config and data fail in the same way at the same step: starting a worker group again is in vain."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first thing wrong with a JSON is, and what."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from pipeline.archive import check_stored, first_line, load_archive
 from pipeline.data.loader import shorter_side
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_problem
 from pipeline.model_card import ModelCard, render
 from pipeline.models.backbone import Backbone, create_timm_model, replace_stem
 
@@ -168,7 +168,7 @@ def check_bundle(folder: Path) -> BundleManifest:
             raise ExportError(f"{path} is damaged: SHA-256 {found}, card.json says {manifest.files[name]}")
     _read_json(folder / "config.json", _TimmConfig)
     _check_safetensors(folder / "model.safetensors")
-    _read_golden(folder / "golden.npz")
+    read_golden(folder / "golden.npz")
     return manifest
 
 
@@ -206,7 +206,7 @@ def load_with_timm(folder: Path) -> nn.Module:
 
 def check_golden(encode: Callable[[Tensor], Tensor], folder: Path, device: torch.device | None = None) -> None:
     """Raise ExportError unless ``encode`` reproduces the embeddings in ``folder``/golden.npz."""
-    images, expected = _read_golden(folder / "golden.npz")
+    images, expected = read_golden(folder / "golden.npz")
     preprocessing = read_preprocessing(folder)
     if images.shape[2:] != (preprocessing.image_size,) * 2:
         raise ExportError(
@@ -245,12 +245,6 @@ def _read_json(path: Path, kind: type[_Json]) -> _Json:
         raise ExportError(f"{path} is damaged: {first_problem(error)}; export the encoder again") from error
 
 
-def first_problem(error: ValidationError) -> str:
-    """Where the first thing wrong with a JSON is, and what."""
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
-
-
 def _check_safetensors(path: Path) -> None:
     """ExportError unless the header describes the bytes behind it: each tensor's once, without gaps."""
     try:
@@ -260,7 +254,7 @@ def _check_safetensors(path: Path) -> None:
         raise ExportError(f"{path} is damaged: {first_line(error)}; export the encoder again") from error
 
 
-def _read_golden(path: Path) -> tuple[Tensor, Tensor]:
+def read_golden(path: Path) -> tuple[Tensor, Tensor]:
     """uint8 (N, 3, S, S) images and their float32 (N, D) embeddings, N > 0. ExportError if there is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -23,10 +23,10 @@ from pipeline import storage
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Config, dump
 from pipeline.data.assemble import BadSample
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_problem
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.report import EvaluationReport
-from pipeline.export import check_bundle, first_problem
+from pipeline.export import check_bundle
 
 
 class RunReport(BaseModel):
@@ -104,9 +104,11 @@ class Run:
         wanted = (self.config.tracking_uri, self.config.registry.model_name, self.config.registry.alias)
         return entry if (entry.tracking_uri, entry.name, entry.alias) == wanted else None
 
-    def save_registration(self, entry: Registration) -> None:
-        """Mark the run as complete."""
-        self._write("registered.json", entry.model_copy(update={"run_id": self.id}).model_dump_json(indent=1))
+    def save_registration(self, entry: Registration) -> Registration:
+        """Mark the run as complete; returns the mark, which names the run."""
+        mark = entry.model_copy(update={"run_id": self.id})
+        self._write("registered.json", mark.model_dump_json(indent=1))
+        return mark
 
     def save_encoder(self, folder: Path) -> None:
         """Upload an exported encoder's files."""

@@ -27,7 +27,7 @@ from pipeline.data.loader import read_images
 from pipeline.data.manifest import Manifest, build_manifest
 from pipeline.embeddings import EmbedError, Origin, write
 from pipeline.errors import UserError
-from pipeline.export import check_golden, read_preprocessing
+from pipeline.export import check_golden, read_golden, read_preprocessing
 
 _TRIES = 4  # of a shard whose actor dies; actors start again as often as nodes are lost
 
@@ -154,8 +154,7 @@ class _ShardEmbedder:
             self._model = load_archive(encoder["model.pt2"], self._device)
             check_golden(self._model, Path(folder), self._device)
             self._preprocessing = read_preprocessing(Path(folder))
-            with np.load(Path(folder) / "golden.npz", allow_pickle=False) as golden:
-                self._feature_dim = golden["embeddings"].shape[1]
+            self._feature_dim = read_golden(Path(folder) / "golden.npz")[1].shape[1]
         self._loaded = True
 
     def _embed(self, shard: int) -> int:

@@ -24,7 +24,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.environment import _PythonEnv
 
-from pipeline.export import BundleManifest, check_bundle, read_preprocessing
+from pipeline.export import BundleManifest, check_bundle, read_golden, read_preprocessing
 from pipeline.provenance import git_sha
 from pipeline.registry.address import RegistryError
 from pipeline.registry.entry import ARCHIVE, EXTRA_FILES, FILES_TAG, fetch, seal
@@ -95,8 +95,7 @@ def register_run(run: Run, mlflow_run_id: str, tags: Mapping[str, str]) -> Regis
         alias=entry.alias,
         model_uri=entry.model_uri,
     )
-    run.save_registration(registration)
-    return registration
+    return run.save_registration(registration)
 
 
 def registered(run: Run) -> Registration | None:
@@ -180,8 +179,7 @@ def _lay_out(bundle: Path, folder: Path, model: LoggedModel) -> None:
     for name in EXTRA_FILES:
         shutil.copy(bundle / name, folder / "extra_files")
 
-    with np.load(bundle / "golden.npz", allow_pickle=False) as golden:
-        feature_dim = golden["embeddings"].shape[1]
+    feature_dim = read_golden(bundle / "golden.npz")[1].shape[1]
     size = read_preprocessing(bundle).image_size
     requirements = [f"torch=={torch.__version__.split('+')[0]}", "mlflow>=3.17,<4", "numpy>=2"]
     (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")

@@ -1,6 +1,7 @@
 """What lies in a run's folder says whose it is and of which step: a copy under another name is never taken for it."""
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -113,11 +114,30 @@ def test_a_payload_with_the_right_digest_that_is_no_state_is_refused(
         store.load(8)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"PK\3\4", b"\x80\x02h\xc8.", b"\x80\x02X\x01\0\0\0\xff.", b"\x80\x02]q\0."],
+    ids=["empty", "cut", "unknown memo", "no UTF-8", "no magic number"],
+)
+def test_a_payload_with_the_right_digest_that_torch_cannot_read_is_refused(
+    store: CheckpointStore, tmp_path: Path, data: bytes
+) -> None:
+    """torch raises a KeyError for one, a UnicodeDecodeError for another."""
+    replace_bytes(tmp_path / "a", data)
+    with pytest.raises(CheckpointError, match=r"8\.pt is no state of a run.*; delete .*\[4\]"):
+        store.load(8)
+
+
 def replace_payload(folder: Path, content: Any) -> None:
     """Step 8 with another content, and a commit that vouches for it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_bytes(folder, buffer.getvalue())
+
+
+def replace_bytes(folder: Path, data: bytes) -> None:
     payload, commit = (pair(folder, 8).with_suffix(suffix) for suffix in (".pt", ".json"))
-    torch.save(content, payload)
-    data = payload.read_bytes()
+    payload.write_bytes(data)
     digest = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     commit.write_text(json.dumps({**json.loads(commit.read_text()), **digest}))
 

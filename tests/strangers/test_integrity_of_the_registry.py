@@ -31,9 +31,10 @@ from pipeline.registry.pull import Pulled, pull, resolve
 from pipeline.registry.register import register_encoder, register_run, registered
 from pipeline.registry.tracking import Tracker
 from pipeline.runs import Run
-from tests.encoders import export_tiny, of_another_run, tiny_backbone
+from tests.encoders import of_another_run
 from tests.jobs import refusals
 from tests.servers import MLflowServer
+from tests.strangers.mutated_archives import write_small
 
 TINY = "tiny-of-two-registries"
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -47,7 +48,7 @@ class Bundles(NamedTuple):
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder = tmp_path_factory.mktemp("bundles")
-    return Bundles(export_tiny(folder / "good"), export_tiny(folder / "evil", tiny_backbone(seed=1)))
+    return Bundles(write_small(folder / "good"), write_small(folder / "evil"))
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +258,7 @@ def test_a_run_whose_version_was_deleted_is_not_complete(local: str, bundles: Bu
     name = tmp_path.name
     overrides = [f"storage.url={tmp_path}", f"tracking.uri={local}", f"registry.model_name={name}"]
     run = Run(load_config(str(CONFIG), overrides), "d" * 64)
-    run.save_encoder(of_another_run(bundles.good, tmp_path / "bundle", name))
+    run.save_encoder(of_another_run(bundles.good, tmp_path / "bundle", run.id))
     with Tracker(local, "strangers", run.id) as tracker:
         first = register_run(run, tracker.mlflow_run_id, tags={})
         assert registered(run) == first
@@ -374,14 +375,17 @@ def test_images_without_a_row_are_known_to_the_next_attempt(embedded: tuple[str,
     assert held(*embedded, shards).undecodable == {0: 0, 1: 1}
 
 
-@pytest.mark.parametrize("content", [b"", b'{\n "model_name": "ti', b"[]", b"\xff\xfe", b'{"model_name": 7}'])
+OLD_HEADER = b'{"model_name": "tiny", "model_version": 1, "data_digest": "d"}'  # as before the registry stood in it
+
+
+@pytest.mark.parametrize("content", [b"", b'{\n "model_name": "ti', b"[]", b"\xff\xfe", OLD_HEADER])
 def test_a_damaged_header_is_a_clear_error_and_is_made_anew(
     embedded: tuple[str, Origin], shards: Manifest, content: bytes
 ) -> None:
     out, origin = embedded
     header = Path(out) / HEADER
     header.write_bytes(content)
-    with pytest.raises(EmbedError, match=r"_embeddings\.json is damaged.*delete that file and run the same command"):
+    with pytest.raises(EmbedError, match=r"_embeddings\.json is damaged or.*delete that file and run the same command"):
         claim(out, origin, shards.url)
     header.unlink()
     claim(out, origin, shards.url)
