@@ -164,11 +164,25 @@ model.pt2 that holds anything but tensors and tensor arithmetic.
 
 ## Preprocessing
 
-RGB, shorter side resized to {resized_side}, centre crop of {image_size} x {image_size}, bilinear with antialiasing; \
-`x / 255`, then `(x - mean) / std` with
+Upright (EXIF orientation applied) RGB of 8 bits, shorter side resized to {resized_side}, centre crop of \
+{image_size} x {image_size}, bilinear with antialiasing; `x / 255`, then `(x - mean) / std` with
 
 - mean `{list(mean)}`
 - std `{list(std)}`
+
+Lay transparent images on white first, as in training. `convert("RGB")` of PIL drops the alpha and shows what lies under
+it, often black:
+
+```python
+from PIL import Image
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+```
 
 ## Measured
 

@@ -208,19 +208,21 @@ class HttpFetch:
         except (OSError, http.client.HTTPException) as error:
             progress.failed(error)
             return get
+        first = get
         try:
-            ready = wait([second.sock] if get.answered else [get.sock, second.sock], patience.TIMEOUT_S)
-            if ready == [second.sock]:
-                second.open()
-                get.close()
-                return second
-        except (OSError, http.client.HTTPException) as error:
-            progress.failed(error)
-        except BaseException:
-            second.close()
+            until = time.monotonic() + patience.TIMEOUT_S
+            while first is get and (left := until - time.monotonic()) > 0:
+                if wait([second.sock] if get.answered else [get.sock, second.sock], left) != [second.sock]:
+                    break
+                if second.open():
+                    first = second
+        except DeniedError:  # another signature is better than waiting on
             raise
-        second.close()
-        return get
+        except (OSError, http.client.HTTPException, StorageError) as error:  # what answers may not have ranges
+            progress.failed(error)
+        finally:
+            (second if first is get else get).close()
+        return first
 
     def _ask(self, shard: int, start: int, end: int, is_second: bool = False) -> RangedGet:
         url = urllib.parse.urlsplit(self._url(shard))

@@ -277,7 +277,7 @@ class _Workers:
         """Who is at a step still, and why; called from another thread."""
         at_it = sorted(self._undone.get(step, ()))
         pids = ", ".join(str(self._processes[place].pid) for place in at_it)
-        notes = [f" ({self._processes[place].pid}: {self._notes[place]})" for place in at_it if place in self._notes]
+        notes = [f" ({self._processes[place].pid}: {note})" for place in at_it if (note := self._notes.get(place))]
         return f"the batch of step {step} from the loader workers {pids}{''.join(notes[:1])}"
 
     def filled(self, step: int) -> list[NDArray[Any]]:

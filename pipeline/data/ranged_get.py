@@ -5,6 +5,7 @@ where another signature may, any other StorageError where nothing does. No messa
 """
 
 import http.client
+import io
 import os
 import re
 import select
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import SplitResult
 
 from pipeline.data import patience
@@ -64,7 +66,11 @@ class Connections(threading.local):
 
     def take(self, url: SplitResult) -> http.client.HTTPConnection:
         """The idle one, or a new one."""
-        return self._idle.pop((url.scheme, url.netloc), None) or connect(url)
+        idle = self._idle.pop((url.scheme, url.netloc), None)
+        if idle is not None and _is_readable(idle.sock, 0):  # its end, or more than was asked for
+            idle.close()
+            idle = None
+        return idle or connect(url)
 
     def keep(self, url: SplitResult, connection: http.client.HTTPConnection) -> None:
         """It can be used again."""
@@ -72,18 +78,74 @@ class Connections(threading.local):
 
 
 def connect(url: SplitResult) -> http.client.HTTPConnection:
-    """A new connection. OSError where it does not come about within TIMEOUT_S."""
+    """A new connection, on which a wait for bytes ends after TICK_S. OSError if it takes more than TIMEOUT_S."""
     if url.scheme == "https":
         context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
         secure = http.client.HTTPSConnection(url.netloc, timeout=patience.TIMEOUT_S, context=context)
         secure.connect()
+        secure.sock.settimeout(TICK_S)
         return secure
     connection = http.client.HTTPConnection(url.netloc, timeout=patience.TIMEOUT_S)
     connection.connect()
-    connection.sock.settimeout(
-        None
-    )  # to Python it blocks: MSG_WAITALL does nothing otherwise. The kernel's timeout holds
+    # The kernel's timeout, for MSG_WAITALL does nothing under Python's. Once for all requests: settimeout gives up the
+    # interpreter's lock, and takes up to 5 ms to get it back from a thread that checks samples; with three calls for
+    # each request of 4 MB an epoch took 1.3x as long.
+    connection.sock.settimeout(None)
+    timeval = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     return connection
+
+
+def _is_readable(sock: socket.socket, seconds: float) -> bool:
+    """Whether bytes come within so many seconds; of TLS, they may be its own."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+class _Wire(io.RawIOBase):
+    """What http.client reads an answer from. TimeoutError when none begins within TICK_S, or one that has begun to come
+    is not there at ``until``: by itself http.client would give each byte of the headers a patience of its own."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self.until = time.monotonic() + patience.TIMEOUT_S
+        self.has_begun = False
+        self.is_left = False  # whoever wants more takes it from the socket itself
+        self._sock = sock
+        self._holder = sock.makefile(
+            "rb", buffering=0
+        )  # http.client closes a connection before its last bytes are read
+
+    def response(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
+        """A ``response_class`` of http.client."""
+        return http.client.HTTPResponse(self, **options)  # type: ignore[arg-type]  # it wants no more than makefile
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self.is_left:
+            return None  # no byte for now; an error would lose those that the reader has ready
+        while not self.has_begun or time.monotonic() < self.until:
+            try:
+                count = self._sock.recv_into(buffer)
+            except (BlockingIOError, TimeoutError):  # after TICK_S
+                if not self.has_begun:
+                    break
+            else:
+                self.has_begun = True
+                return count
+        raise TimeoutError(
+            f"an answer that began did not end in {patience.TIMEOUT_S:g} s" if self.has_begun else "no answer"
+        )
+
+    def close(self) -> None:
+        self._holder.close()
+        super().close()
 
 
 class RangedGet:
@@ -96,6 +158,7 @@ class RangedGet:
         self.etag = ""  # of what is being received
         self._url, self._wanted, self._connection = url, wanted, connection
         self._response: http.client.HTTPResponse | None = None
+        self._hops = 0
         self._send()
 
     @property
@@ -105,32 +168,33 @@ class RangedGet:
 
     def receive(self, body: memoryview) -> Iterator[int]:
         """Fill ``body`` with what is still to come; yields how many bytes came, 0 where none did for TICK_S."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
         while self._response is None:
-            if poll.poll(TICK_S * 1000):
-                self.open()
-            else:
+            if not _is_readable(self.sock, TICK_S) or not self.open():
                 yield 0
-        for count in _receive(self._response, self.sock, body):
+        for count in _receive(self._response, self._wire, self.sock, body):
             self.received += count
             yield count
 
-    def open(self) -> None:
-        """Wait for the answer, wherever redirects lead; raises what stands against the bytes."""
-        for hop in range(MAX_HOPS + 1):
+    def open(self) -> bool:
+        """Take in what has come; whether it is the answer. Follows redirects; raises what stands against the bytes."""
+        self._wire = _Wire(self.sock)
+        self._connection.response_class = self._wire.response  # type: ignore[assignment]  # it is only ever called
+        try:
             response = self._connection.getresponse()
-            location = response.getheader("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not location:
-                break
-            if hop == MAX_HOPS:
-                raise StorageError(f"{self._wanted.name}: more than {MAX_HOPS} redirects, one after the other")
+        except TimeoutError:
+            if self._wire.has_begun:
+                raise
+            return False  # TLS tells of its sessions before an answer
+        location = response.getheader("Location")
+        if response.status in (301, 302, 303, 307, 308) and location:
             self._follow(response, location)
+            return False
         if (refusal := refused(response, self._wanted, self._url)) is not None:
             raise refusal
         self._response = response
         self.etag = response.getheader("ETag") or ""
         self.answered_after_s = time.monotonic() - self.began
+        return True
 
     def describe(self) -> str:
         """What came of it so far."""
@@ -158,7 +222,6 @@ class RangedGet:
             headers["If-Match"] = self._wanted.etag
         target = urllib.parse.urlunsplit(("", "", self._url.path or "/", self._url.query, ""))
         self.sock: socket.socket = self._connection.sock
-        _bound(self.sock, patience.TIMEOUT_S)
         try:
             self._connection.request("GET", target, headers=headers)
         except OSError:
@@ -167,18 +230,32 @@ class RangedGet:
 
     def _follow(self, response: http.client.HTTPResponse, location: str) -> None:
         """Send the same request to where a redirect points."""
-        url = urllib.parse.urlsplit(urllib.parse.urljoin(self._url.geturl(), location))
-        is_safe = url.scheme == "https" or (url.scheme == "http" and self._url.scheme == "http")
-        if not is_safe or "@" in url.netloc or not re.fullmatch(r"[!-~]+", location):
+        if self._hops == MAX_HOPS:
+            raise StorageError(f"{self._wanted.name}: more than {MAX_HOPS} redirects, one after the other")
+        self._hops += 1
+        url = _target(self._url, location)
+        if url is None or "@" in url.netloc or (url.scheme != "https" and self._url.scheme != url.scheme):
+            where = (
+                f"from {self._url.scheme}: to {url.scheme}: on {url.hostname}" if url else "to what is no http(s) URL"
+            )
             raise StorageError(
-                f"{self._wanted.name}: {_reason(response)} leads from {self._url.scheme}: to {url.scheme}: on "
-                f"{url.hostname}; a redirect from https to less, or with a user or blanks in it, is not followed: set "
-                "AWS_ENDPOINT_URL to the bucket's own endpoint"
+                f"{self._wanted.name}: {_reason(response)} leads {where}; that, a redirect from https to http, or one "
+                "with a user in it is not followed: set AWS_ENDPOINT_URL to the bucket's own endpoint"
             )
         response.close()
         self._connection.close()
         self._url, self._connection = url, connect(url)
         self._send()
+
+
+def _target(base: SplitResult, location: str) -> SplitResult | None:
+    """Where a redirect leads; None where that is no URL of a web server."""
+    try:
+        url = urllib.parse.urlsplit(urllib.parse.urljoin(base.geturl(), location))
+        is_one = url.scheme in ("http", "https") and url.hostname and url.port != 0  # raises where it is no number
+    except ValueError:
+        return None
+    return url if is_one and re.fullmatch(r"[!-~]+", location) else None
 
 
 def refused(response: http.client.HTTPResponse, wanted: Range, url: SplitResult) -> Exception | None:
@@ -194,7 +271,7 @@ def refused(response: http.client.HTTPResponse, wanted: Range, url: SplitResult)
             )
         whole = wanted.size if response.length is None else response.length
         return None if whole == wanted.size else too_short(wanted.name, whole, wanted.size)
-    detail = response.read1(4000).decode(errors="replace")
+    detail = _beginning(response)
     code, text = _tag("Code", detail), _tag("Message", detail)
     said = f"{reason}: {code}: {text}" if code else f"{reason} {detail[:300]}".strip()
     said += _region(response, detail)
@@ -213,10 +290,10 @@ def refused(response: http.client.HTTPResponse, wanted: Range, url: SplitResult)
             "make the manifest anew with `python -m jobs.index` and start a new run"
         )
     if response.status == 416:
-        total = (response.getheader("Content-Range") or "").rpartition("/")[2]
-        if total == str(wanted.size):
-            return PassingError(f"{said}, though the object has its {total} bytes")
-        return too_short(wanted.name, int(total) if total.isdigit() else wanted.start, wanted.size)
+        total = re.search(r"/(\d{1,18})$", response.getheader("Content-Range") or "")
+        if total and int(total[1]) == wanted.size:
+            return PassingError(f"{said}, though the object has its {total[1]} bytes")
+        return too_short(wanted.name, int(total[1]) if total else wanted.start, wanted.size)
     return StorageError(f"{wanted.name}: unexpected {said}")
 
 
@@ -231,7 +308,7 @@ def too_short(name: str, found: int, expected: int) -> StorageError:
 def _wrong_range(response: http.client.HTTPResponse, wanted: Range) -> Exception | None:
     """Proxies and caches answer other ranges than they were asked for, and count wrongly."""
     content_range = response.getheader("Content-Range") or "none"
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", content_range.strip())
     if match and match[3] not in ("*", str(wanted.size)):
         return too_short(wanted.name, int(match[3]), wanted.size)
     if match is None or (int(match[1]), int(match[2]) + 1) != (wanted.start, wanted.end):
@@ -239,6 +316,14 @@ def _wrong_range(response: http.client.HTTPResponse, wanted: Range) -> Exception
     if response.length not in (wanted.end - wanted.start, None):  # None: in chunks
         return ConnectionError(f"{response.length} bytes instead of the {wanted.end - wanted.start} asked for")
     return None
+
+
+def _beginning(response: http.client.HTTPResponse) -> str:
+    """Of an error's text; "" where it does not come, for the status says enough."""
+    try:
+        return response.read1(4000).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _reason(response: http.client.HTTPResponse) -> str:
@@ -289,34 +374,23 @@ def _date(value: str | None) -> datetime | None:
     return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
-def _receive(response: http.client.HTTPResponse, sock: socket.socket, body: memoryview) -> Iterator[int]:
+def _receive(response: http.client.HTTPResponse, wire: _Wire, sock: socket.socket, body: memoryview) -> Iterator[int]:
     """Fill ``body`` with the response's; yields how many bytes came, 0 where none did for TICK_S."""
     if response.length is None:  # in chunks; ``response`` takes them apart, and gives up after TIMEOUT_S without a byte
-        while body and (data := response.read1(min(len(body), READ_BYTES))):
+        while body:
+            wire.until = time.monotonic() + patience.TIMEOUT_S
+            data = response.read1(min(len(body), READ_BYTES))
+            if not data:
+                break
             body[: len(data)] = data
             yield len(data)
             body = body[len(data) :]
         return
-    _bound(sock, TICK_S)
-    try:
-        count = response.fp.readinto1(body) or 0  # came with the headers
-    except TimeoutError:
-        count = 0
-    yield count
+    wire.is_left = True
+    count = response.fp.readinto1(body) or 0
+    if count:  # came with the headers
+        yield count
     yield from (_receive_tls if isinstance(sock, ssl.SSLSocket) else _receive_plain)(sock, body[count:])
-
-
-def _bound(sock: socket.socket, seconds: float) -> None:
-    """What each wait for bytes takes at most, from now on.
-
-    ``settimeout`` gives up the interpreter's lock, which takes up to 5 ms to get back from a thread that checks
-    samples: with three calls for each request of 4 MB an epoch took 1.3x as long.
-    """
-    if isinstance(sock, ssl.SSLSocket):
-        sock.settimeout(seconds)
-    else:
-        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 def _receive_tls(sock: socket.socket, body: memoryview) -> Iterator[int]:

@@ -28,7 +28,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Redirect:
-    """Point to the same path below ``to``, e.g. ``http://127.0.0.1:8080``."""
+    """Point to ``to``, in which ``{path}`` is what was asked for, e.g. ``http://127.0.0.1:8080{path}``."""
 
     to: str
     code: int = 307
@@ -78,6 +78,11 @@ class Late:
 
 
 @dataclass(frozen=True)
+class DripHeaders:
+    """Send the answer's headers one byte at a time, ten a second, and never end them."""
+
+
+@dataclass(frozen=True)
 class Rangeless:
     """Send the whole object, status 200, as a server that knows no ranges."""
 
@@ -120,6 +125,7 @@ Fault = (
     | Trickle
     | Drip
     | Late
+    | DripHeaders
     | Rangeless
     | Shifted
     | Flip
@@ -187,10 +193,12 @@ class HurtingProxy:
 class _Handler(http.server.BaseHTTPRequestHandler):
     owner: HurtingProxy
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and the beginning of a body leave together, as from real servers
 
     def do_GET(self) -> None:
-        with suppress(ConnectionError):  # the client has had enough
+        with suppress(ConnectionError, ssl.SSLError):  # the client has had enough
             self._forward()
+            self.wfile.flush()
 
     def do_HEAD(self) -> None:
         self._forward()
@@ -213,10 +221,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if isinstance(fault, Redirect):
             self.send_response(fault.code)
-            self.send_header("Location", fault.to + self.path)
+            self.send_header("Location", fault.to.replace("{path}", self.path))
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if isinstance(fault, DripHeaders):
+            self.wfile.write(b"HTTP/1.1 206 Partial Content\r\nx-dripping: ")
+            while not proxy.released.wait(0.1):
+                self.wfile.write(b".")
+                self.wfile.flush()
         if isinstance(fault, Late):
             proxy.released.wait(fault.seconds)
         headers = dict(self.headers)
@@ -262,6 +275,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, Trickle):
             for start in range(0, len(body), fault.size):
                 self.wfile.write(body[start : start + fault.size])
+                self.wfile.flush()
                 time.sleep(0.001)
         elif isinstance(fault, Drip):
             self._drip(body, fault)
@@ -273,8 +287,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         sent = int(len(body) * fault.share)
         piece = max(fault.bytes_per_s // 20, 1)
         self.wfile.write(body[:sent])
+        self.wfile.flush()
         while sent < len(body) and not self.owner.released.wait(0.05):
             self.wfile.write(body[sent : sent + piece])
+            self.wfile.flush()
             sent += piece
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -28,7 +28,18 @@ from pipeline.data.views import View
 from pipeline.storage import DeniedError, StorageError
 from pipeline.waiting import Waiting
 from tests import servers
-from tests.data.hurting_proxy import Drip, Fault, HurtingProxy, Late, Rangeless, Redirect, Shifted, Status
+from tests.data.hurting_proxy import (
+    Drip,
+    DripHeaders,
+    Fault,
+    Fin,
+    HurtingProxy,
+    Late,
+    Rangeless,
+    Redirect,
+    Shifted,
+    Status,
+)
 from tests.data.images import write_photos
 from tests.data.test_faults import self_signed
 
@@ -194,6 +205,65 @@ def test_a_first_request_that_answers_late_still_counts(
     assert proxy.asked[0]["Range"] == proxy.asked[-1]["Range"]
 
 
+def test_a_store_behind_tls_that_always_answers_late_works(
+    manifest: Manifest, content: bytes, tls_proxy: HurtingProxy
+) -> None:
+    """What TLS tells of its sessions is no answer: the request is neither given up for it nor raced too late."""
+    tls_proxy.always = Late(1.3)
+    assert read_range(HttpFetch(manifest), 0, 0, len(content)) == content
+    assert 1 < tls_proxy.requests < 4
+
+
+def test_headers_that_drip_are_left_for_a_new_connection(
+    manifest: Manifest, content: bytes, proxy: HurtingProxy
+) -> None:
+    fetch = HttpFetch(manifest)
+    proxy.faults.append(DripHeaders())
+    assert read_range(fetch, 0, 0, len(content)) == content
+    assert proxy.requests == 2
+    proxy.always = DripHeaders()
+    with pytest.raises(StorageError, match="TimeoutError: an answer that began did not end"):
+        read_range(fetch, 0, 0, len(content))
+
+
+def test_what_came_with_the_headers_behind_tls_is_not_lost(
+    manifest: Manifest, content: bytes, tls_proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nothing more comes for a while."""
+    monkeypatch.setattr(ranged_get, "TICK_S", 0.01)
+    monkeypatch.setattr(patience, "TIMEOUT_S", 10.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 30.0)
+    tls_proxy.faults.append(Drip(100_000, share=0.04))
+    assert read_range(HttpFetch(manifest), 0, 0, 50_000) == content[:50_000]
+    assert tls_proxy.requests == 1
+
+
+def test_a_second_request_that_is_refused_does_not_end_the_first(
+    manifest: Manifest, content: bytes, proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 kB/s are too little to be left alone."""
+    monkeypatch.setattr(patience, "PATIENCE_S", 30.0)
+    proxy.faults.append(Drip(3000))
+    proxy.always = Status(404)
+    assert read_range(HttpFetch(manifest), 0, 0, 4000) == content[:4000]
+    assert proxy.requests > 1
+
+
+def test_a_connection_that_was_closed_meanwhile_is_not_asked(
+    manifest: Manifest, content: bytes, proxy: HurtingProxy
+) -> None:
+    """Without a word in its last answer, as after a server's idle time."""
+    fetch = HttpFetch(manifest)
+    proxy.always = Fin(1.0)
+    failures: list[Exception] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patience.Patience, "failed", lambda _, error: failures.append(error))
+        for start in range(0, 3000, 1000):
+            assert read_range(fetch, 0, start, start + 1000) == content[start : start + 1000]
+            time.sleep(0.05)
+    assert not failures
+
+
 # What is refused
 
 
@@ -255,23 +325,29 @@ def test_a_redirect_is_followed_with_range_and_etag(
     there = HurtingProxy(s3_server.endpoint, host=proxy.endpoint.removeprefix("http://"))
     fetch = HttpFetch(manifest)
     assert read_range(fetch, 0, 0, 10) == content[:10]
-    for status in (307, 301, 302, 308):
-        proxy.faults.append(Redirect(there.endpoint, status))
+    for status in (307, 301, 302, 303, 308):
+        proxy.faults.append(Redirect(f"{there.endpoint}{{path}}", status))
         assert read_range(fetch, 0, 1000, 3000) == content[1000:3000]
-    assert (proxy.requests, there.requests) == (5, 4)
+    assert (proxy.requests, there.requests) == (6, 5)
     assert {headers["Range"] for headers in there.asked} == {"bytes=1000-2999"}
     assert {headers["If-Match"] for headers in there.asked} == {proxy.asked[1]["If-Match"]}
     there.stop()
 
 
 def test_redirects_in_a_circle_are_an_error(manifest: Manifest, proxy: HurtingProxy) -> None:
-    proxy.always = Redirect("")  # a relative one, to itself
+    proxy.always = Redirect("{path}")  # a relative one, to itself
     with pytest.raises(StorageError, match=r"train-000000\.tar: more than 5 redirects"):
         read_range(HttpFetch(manifest), 0, 0, 1000)
     assert proxy.requests == 6
 
 
-@pytest.mark.parametrize("to", ["file://", "ftp://127.0.0.1", "http://user:secret@127.0.0.1"])
+ASTRAY = [
+    *("file://{path}", "ftp://127.0.0.1{path}", "http://user:secret@127.0.0.1{path}"),
+    *("http://[127.0.0.1{path}", "http://127.0.0.1:80a{path}", "http://127.0.0.1:99999{path}", "http://a b{path}"),
+]
+
+
+@pytest.mark.parametrize("to", ASTRAY)
 def test_a_redirect_that_leads_astray_is_refused_without_telling_the_signature(
     to: str, manifest: Manifest, proxy: HurtingProxy
 ) -> None:
@@ -285,7 +361,7 @@ def test_a_redirect_that_leads_astray_is_refused_without_telling_the_signature(
 def test_a_redirect_from_https_to_http_is_refused(
     manifest: Manifest, tls_proxy: HurtingProxy, s3_server: servers.S3Server
 ) -> None:
-    tls_proxy.always = Redirect(s3_server.endpoint)
+    tls_proxy.always = Redirect(f"{s3_server.endpoint}{{path}}")
     with pytest.raises(StorageError, match="leads from https: to http:"):
         read_range(HttpFetch(manifest), 0, 0, 1000)
 
