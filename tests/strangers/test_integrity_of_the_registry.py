@@ -429,7 +429,14 @@ def test_a_file_of_another_origin_or_shard_is_refused(
     first, second = (Path(out) / file_name(name) for name in shards.shards.name)
     whole = first.read_bytes()
 
-    write(out, origin.model_copy(update={"encoder_digest": "0" * 64}), shards, 0, np.arange(4), np.ones((4, 64)))
+    write(
+        out,
+        origin.model_copy(update={"encoder_digest": "0" * 64}),
+        shards,
+        0,
+        np.arange(4),
+        np.ones((4, 64), np.float32),
+    )
     with pytest.raises(EmbedError, match=rf"{first} comes from another folder: it has encoder_digest 0{{64}}"):
         held(out, origin, shards)
     shutil.copy(second, first)
