@@ -25,7 +25,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.writer import Sample, write_shards
 from pipeline.embeddings import HEADER, EmbedError, Origin, claim, file_name, held, write
 from pipeline.export import sha256
-from pipeline.registry.address import RegistryError
+from pipeline.registry.address import RegistryError, choose_to_read
 from pipeline.registry.entry import ENTRY_FILES, FILES_TAG
 from pipeline.registry.pull import Pulled, pull, resolve
 from pipeline.registry.register import register_encoder, register_run, registered
@@ -350,11 +350,11 @@ def test_of_claims_at_once_one_is_made(backend: str, tmp_path: Path, request: py
 
 
 def test_the_registrys_user_and_password_are_not_written_down(
-    mlflow_server: MLflowServer, bundles: Bundles, tmp_path: Path
+    mlflow_server: MLflowServer, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = registered_at(mlflow_server.uri, bundles, tmp_path).model
-    uri = mlflow_server.uri.replace("//", "//ada:S3cret@")
-    assert resolve(model, uri).registry_uri == mlflow_server.uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri.replace("//", "//ada:S3cret@"))
+    assert resolve(model, choose_to_read(None).uri).registry_uri == mlflow_server.uri
 
 
 # What lies in the folder: a name is not proof that a shard is done.
