@@ -1,13 +1,18 @@
 """The card's snippets run verbatim in a process that has none of our code."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from pipeline.data.decode import decode
 from pipeline.registry.pull import pull
 from pipeline.registry.register import register_encoder
 from pipeline.registry.tracking import Tracker
@@ -34,8 +39,8 @@ def entry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def snippets(entry: Path) -> dict[str, str]:
     """The card's Python snippets, by what they load with."""
     card = (entry / "extra_files" / "README.md").read_text()
-    with_mlflow, with_timm = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    return {"mlflow": with_mlflow, "timm": with_timm}
+    with_mlflow, with_timm, opaque = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return {"mlflow": with_mlflow, "timm": with_timm, "opaque": opaque}
 
 
 def run_without(blocked: tuple[str, ...], code: str, entry: Path) -> subprocess.CompletedProcess[str]:
@@ -59,6 +64,17 @@ def test_the_safetensors_need_timm_alone(entry: Path) -> None:
 @pytest.mark.parametrize("name", ["pipeline", "jobs", "timm", "mlflow"])
 def test_the_blocked_packages_are_blocked(entry: Path, name: str) -> None:
     assert "ModuleNotFoundError" in run_without((name,), f"import {name}", entry).stderr
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparent_images_are_laid_on_white_as_in_training(entry: Path, mode: str) -> None:
+    given = Image.effect_noise((20, 10), 90).convert("RGBA")
+    given.putalpha(Image.linear_gradient("L").resize((20, 10)))
+    given = given.convert(mode)
+    given.save(file := io.BytesIO(), "PNG")
+    defined: dict[str, Any] = {}
+    exec(snippets(entry)["opaque"], defined)
+    assert np.abs(np.int64(defined["opaque"](given)) - decode(file.getvalue())).max() <= 1
 
 
 def test_the_snippets_notice_random_weights(entry: Path) -> None:

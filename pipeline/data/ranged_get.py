@@ -113,9 +113,8 @@ class _Wire(io.RawIOBase):
         self.has_begun = False
         self.is_left = False  # whoever wants more takes it from the socket itself
         self._sock = sock
-        self._holder = sock.makefile(
-            "rb", buffering=0
-        )  # http.client closes a connection before its last bytes are read
+        # http.client closes a connection before its last bytes are read; this keeps the socket open.
+        self._holder = sock.makefile("rb", buffering=0)
 
     def response(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
         """A ``response_class`` of http.client."""

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,12 @@ def proxy(
 ) -> HurtingProxy:
     """Between this process and the server from now on; hurts nothing yet."""
     return between(one_proxy, s3_server, monkeypatch)
+
+
+@pytest.fixture
+def impatient(proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what ends in an error in any case."""
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.8)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +159,7 @@ def test_a_drip_behind_tls_is_left_too(manifest: Manifest, content: bytes, tls_p
     assert tls_proxy.requests == 3
 
 
+@pytest.mark.usefixtures("impatient")
 def test_where_every_connection_drips_the_error_names_shard_rate_and_minimum(
     manifest: Manifest, content: bytes, proxy: HurtingProxy
 ) -> None:
@@ -215,12 +223,13 @@ def test_a_store_behind_tls_that_always_answers_late_works(
 
 
 def test_headers_that_drip_are_left_for_a_new_connection(
-    manifest: Manifest, content: bytes, proxy: HurtingProxy
+    manifest: Manifest, content: bytes, proxy: HurtingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = HttpFetch(manifest)
     proxy.faults.append(DripHeaders())
     assert read_range(fetch, 0, 0, len(content)) == content
     assert proxy.requests == 2
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.8)
     proxy.always = DripHeaders()
     with pytest.raises(StorageError, match="TimeoutError: an answer that began did not end"):
         read_range(fetch, 0, 0, len(content))
@@ -422,6 +431,7 @@ def test_the_store_is_asked_again_when_it_says(manifest: Manifest, content: byte
     assert second - first >= 1
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_store_that_wants_an_hour_does_not_get_it(manifest: Manifest, proxy: HurtingProxy) -> None:
     proxy.always = Status(429, (("Retry-After", "3600"),))
     with pytest.raises(StorageError, match="HTTP 429"):
@@ -449,6 +459,7 @@ def elsewhere(manifest: Manifest, proxy: HurtingProxy) -> Manifest:
     return replace(manifest, url=f"{proxy.endpoint}/{bucket}")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_web_server_s_statuses_are_told_apart(manifest: Manifest, proxy: HurtingProxy) -> None:
     fetch = StorageFetch(elsewhere(manifest, proxy))
     for status, requests in ((403, 2), (400, 1)):
@@ -508,6 +519,7 @@ def test_many_waits_are_one_line_every_interval(
     assert min(later - earlier for earlier, later in itertools.pairwise(times)) > 0.45
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_slow_store_is_told_with_shard_rate_and_last_error(
     manifest: Manifest,
     content: bytes,
@@ -515,7 +527,7 @@ def test_a_slow_store_is_told_with_shard_rate_and_last_error(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(waiting, "TELL_EVERY_S", 0.8)
+    monkeypatch.setattr(waiting, "TELL_EVERY_S", 0.6)
     proxy.always = Drip(1000)
     with pytest.raises(StorageError):
         read_range(HttpFetch(manifest), 0, 0, len(content))
@@ -555,14 +567,14 @@ def test_a_loader_worker_that_hangs_is_named(
 ) -> None:
     monkeypatch.setattr(waiting, "TELL_EVERY_S", 0.3)
     pids: list[int] = []
-    start = loader_module.subprocess.Popen
+    start = subprocess.Popen
 
     def noted(*arguments: object, **options: object) -> object:
         process = start(*arguments, **options)
         pids.append(process.pid)
         return process
 
-    monkeypatch.setattr(loader_module.subprocess, "Popen", noted)
+    monkeypatch.setattr(subprocess, "Popen", noted)
     iterator = batches(manifest, num_workers=1)
     next(iterator)
     os.kill(pids[0], signal.SIGSTOP)
